@@ -1,9 +1,10 @@
 """Speed of the byte GEMMs of PixArt-XL on this CPU: `python -m benchmarks.gemm_cpu`.
 
-The kernel library's PackedGemm with several formats beside onnxruntime's MatMulInteger and torch's quantized linear,
-each once per round, on operands that use the whole range of their formats. A row says how many operations a second the
-kernel did at best and by the median, what share of the machine's measured rate of byte products that is, and how far
-its integer sums are from the exact ones: kernels without dot products of bytes add pairs in saturating 16 bits.
+The kernel library's PackedGemm with several formats beside onnxruntime's MatMulInteger, torch's quantized linear and,
+where ai-edge-litert is installed, XNNPACK's linears, each once per round, on operands that use the whole range of their
+formats. A row says how many operations a second the kernel did at best and by the median, what share of the machine's
+measured rate of byte products that is, and how far its integer sums are from the exact ones: kernels without dot
+products of bytes add pairs in saturating 16 bits.
 Writes benchmarks/results/gemm_MACHINE.json.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from benchmarks import record
+from benchmarks import record, xnnpack
 from benchmarks.record import Json
 from export.dialect.graph import GraphBuilder, add_initializer
 from export.formats.format import get_format, pack
@@ -166,6 +167,9 @@ def measure(m: int, n: int, k: int, rounds: int, threads: int) -> list[Json]:
     for engine in ENGINES:
         if engine in torch.backends.quantized.supported_engines:
             contestants[f"{TORCH}, {engine}"] = torch_linear(engine, m, n, k, rng)
+    if xnnpack.is_installed():
+        for linear in xnnpack.LINEARS:
+            contestants[linear.name] = Contestant(xnnpack.random_linear(linear, m, n, k, rng, threads).invoke, None)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():

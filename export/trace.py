@@ -71,7 +71,7 @@ def trace(
     attention: formats in which it is quantized, each one node of the dialect then; None: in float32, in plain ops.
     """
     with attention_calls(module.transformer, partial(_quantized_attention, attention)) if attention else nullcontext():
-        program = _exported(module, rows, samples)
+        program = exported(module, rows, samples)
     _drop_vain_squeezes(program)
     names = [row.name for row in rows]
     table: dict[Callable, Callable] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
@@ -89,7 +89,10 @@ def trace(
     return model
 
 
-def _exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Array]) -> torch.export.ExportedProgram:
+def exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, Array]) -> torch.export.ExportedProgram:
+    """torch.export's program of a module whose forward takes the inputs `rows` in order, their dynamic axes dynamic.
+    The module is not run: tensors have sizes alone meanwhile.
+    """
     sizes = {name: torch.export.Dim(name) for row in rows for name in row.dynamic_axes.values()}
     dynamic = tuple({axis: sizes[name] for axis, name in row.dynamic_axes.items()} for row in rows)
     args = tuple(torch.from_numpy(samples[row.name]) for row in rows)

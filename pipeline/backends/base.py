@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 # An ONNX graph of a target or the portable one, the part of it that runs once for each condition, their weights.
-MODEL, CONDITION, DATA = "model.onnx", "condition.onnx", "model.onnx.data"
+MODEL, CONDITION, TIMESTEP, DATA = "model.onnx", "condition.onnx", "timestep.onnx", "model.onnx.data"
 Arrays = dict[str, NDArray[Any]]
 # Calls of the denoiser by what they are -> the call and the first number too large for FP16, in words; None: there is
 # none.

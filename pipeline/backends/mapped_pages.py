@@ -25,6 +25,20 @@ class MappedPages:
     def __sub__(self, other: MappedPages) -> MappedPages:
         return MappedPages(self.ranges - other.ranges)
 
+    def part(self, size_bytes: int) -> MappedPages:
+        """As few of them, by address, as have so many bytes; all of them where they have less."""
+        chosen: list[tuple[int, int]] = []
+        for first, end in sorted(self.ranges):
+            if size_bytes <= 0:
+                break
+            chosen.append((first, end))
+            size_bytes -= end - first
+        return MappedPages(frozenset(chosen))
+
+    def size_bytes(self) -> int:
+        """Of all of them, in memory or not."""
+        return sum(end - first for first, end in self.ranges)
+
     def give_back(self) -> None:
         """Take the pages out of this process' memory. Whoever reads them next gets them from the file's cache again."""
         if not self.ranges:

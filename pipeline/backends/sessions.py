@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
+# Timesteps whose results are kept: those of a whole picture, which the next one has again.
+KEPT_TIMESTEPS = 64
+ALIGNMENT = 64  # bytes, of each array that is kept
 
 
 @contextmanager
@@ -90,17 +96,85 @@ def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arr
         raise ContractError(f"the engine's graph fails in onnxruntime ({reason}); {remedy}") from error
 
 
+def run_to_keep(session: InferenceSession, fed: Arrays) -> Arrays:
+    """All outputs of one session, in one block of memory of their own. Among the tensors of a call they would leave
+    holes that the C library does not fill. Raises as `run_session`."""
+    kept, names = _block(session, fed), [output.name for output in session.get_outputs()]
+    if kept is None:
+        return run_session(session, names, fed)
+    binding = session.io_binding()
+    for name, array in fed.items():
+        binding.bind_cpu_input(name, array)
+    for name, array in kept.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    try:
+        session.run_with_iobinding(binding)
+    except RuntimeError:  # of every cause, which a plain run tells by its class
+        return run_session(session, names, fed)
+    return kept
+
+
+def _block(session: InferenceSession, fed: Arrays) -> Arrays | None:
+    """Arrays for all outputs, one behind the other, with nothing in them yet; None where the sizes of one are not
+    those of inputs. onnxruntime refuses an array that is not of its result's shape; shape () is one that it does not
+    know."""
+    sizes: dict[int | str | None, int] = {}
+    for value in session.get_inputs():
+        sizes.update(zip(value.shape, fed[value.name].shape, strict=True))
+    places, end = [], 0
+    for output in session.get_outputs():
+        shape = [size if isinstance(size, int) else sizes.get(size) for size in output.shape]
+        known = [size for size in shape if size is not None]
+        if not shape or len(known) < len(shape) or output.type not in feeds.ELEMENT_TYPES:
+            return None
+        dtype = np.dtype(feeds.ELEMENT_TYPES[output.type])
+        places.append((output.name, dtype, known, end))
+        end += -(-math.prod(known) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    # Not from the C library: when so large a block is freed, it takes smaller ones from its heap, which then has holes.
+    block = np.frombuffer(private_memory(end), np.uint8)
+    return {
+        name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        for name, dtype, shape, start in places
+    }
+
+
+def private_memory(size_bytes: int) -> mmap.mmap:
+    """Memory of this process alone, the system's again with the last reference to it."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size_bytes)
+    return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 # --- engines --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class Part:
+    """A session that runs beside the step's. pages: of the weights that only it reads. room: as many of the step's,
+    which are given back while it runs, so that at no time all weights are in memory."""
+
+    session: InferenceSession
+    pages: MappedPages = field(default_factory=MappedPages)
+    room: MappedPages = field(default_factory=MappedPages)
+
+    @contextmanager
+    def in_memory(self) -> Iterator[InferenceSession]:
+        """Within, the session may be run."""
+        self.room.give_back()
+        try:
+            yield self.session
+        finally:
+            self.pages.give_back()
+
+
+@dataclass(frozen=True)
 class Sessions:
-    """What runs at every call, and what runs for a new condition (None: nothing depends on the condition alone)."""
+    """What runs at every call for every sample; what runs for a new condition (None: nothing depends on the condition
+    alone), and what runs for a new timestep (None: likewise)."""
 
     step: InferenceSession
-    condition: InferenceSession | None = None
-    # Pages of the weights that only `condition` reads; given back after each of its runs.
-    condition_pages: MappedPages = field(default_factory=MappedPages)
+    condition: Part | None = None
+    timestep: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +190,13 @@ class KeptCondition:
 
 
 class SessionEngine:
-    """One or two onnxruntime sessions on the CPU. `run` may be called from any number of threads.
+    """One to three onnxruntime sessions on the CPU. `run` may be called from any number of threads.
 
     What depends on the condition alone (keys and values of cross-attention) is computed when a condition is new, and
-    kept. Whether it is new is decided by comparing all its numbers with a copy. A call computes with its own copies of
-    the inputs, so callers may reuse or overwrite their arrays at any time, and takes the kept results once, together
-    with the condition they belong to. The sessions themselves keep nothing between calls.
+    kept; so is what depends on the timestep alone. Whether a condition is new is decided by comparing all its numbers
+    with a copy. A call computes with its own copies of the inputs, so callers may reuse or overwrite their arrays at
+    any time, and takes the kept results once, together with the condition they belong to. The sessions themselves keep
+    nothing between calls.
     """
 
     def __init__(self, sessions: Sessions) -> None:
@@ -130,6 +205,7 @@ class SessionEngine:
         self.declared = declared_inputs(sessions)
         self.step_inputs = {value.name for value in sessions.step.get_inputs()}
         self.kept: tuple[KeptCondition, ...] = ()
+        self.kept_timesteps: dict[bytes, Arrays] = {}
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name for inputs by name. Raises RecipeError for inputs that do not fit, and once closed."""
@@ -141,9 +217,11 @@ class SessionEngine:
         call = {name: known[name] if name in known else own(array) for name, array in inputs.items()}
         feeds.check_feeds(self.declared, call)
         if kept is None and sessions.condition is not None:
-            kept = self._prepare(sessions.condition, call)
-            sessions.condition_pages.give_back()
+            with sessions.condition.in_memory() as session:
+                kept = self._prepare(session, call)
         results = {} if kept is None else kept.results
+        if sessions.timestep is not None:
+            results = results | self._of_timestep(sessions.timestep, call)
         fed = {name: array for name, array in (call | results).items() if name in self.step_inputs}
         return run_session(sessions.step, self.outputs, fed)
 
@@ -151,15 +229,27 @@ class SessionEngine:
         """Compute what depends on the condition alone. Of callers at the same time one may lose its place in `kept`,
         which costs time, never a result: each goes on with what it made."""
         condition = {value.name: call[value.name] for value in session.get_inputs()}
-        kept = KeptCondition(
-            condition, run_session(session, [output.name for output in session.get_outputs()], condition)
-        )
+        kept = KeptCondition(condition, run_to_keep(session, condition))
         self.kept = (kept, *self.kept[: KEPT - 1])
         return kept
 
+    def _of_timestep(self, part: Part, call: Arrays) -> Arrays:
+        """What depends on the timestep alone, a row for each sample; computed once for all that have the same, in this
+        call and in earlier ones."""
+        (name,) = (value.name for value in part.session.get_inputs())
+        outputs = [value.name for value in part.session.get_outputs()]
+        times = {time.tobytes(): time for time in call[name]}  # by their bits: NaN equals itself, 0 is not -0
+        kept = self.kept_timesteps
+        if new := {key: time for key, time in times.items() if key not in kept}:
+            with part.in_memory() as session:
+                rows = run_session(session, outputs, {name: np.array(list(new.values()))})
+            kept = kept | {key: {output: rows[output][i] for output in outputs} for i, key in enumerate(new)}
+            self.kept_timesteps = dict(list(kept.items())[-KEPT_TIMESTEPS:])
+        return {output: np.stack([kept[time.tobytes()][output] for time in call[name]]) for output in outputs}
+
     def forget(self) -> None:
-        """Drop the kept conditions: the next call computes its own again."""
-        self.kept = ()
+        """Drop what is kept of conditions and timesteps: the next call computes its own again."""
+        self.kept, self.kept_timesteps = (), {}
 
     def close(self) -> None:
         """Free the sessions, when the calls that are running have ended; later calls raise RecipeError."""
@@ -179,8 +269,8 @@ def _equal(array: NDArray[np.generic], other: NDArray[np.generic] | None) -> boo
 
 
 def declared_inputs(sessions: Sessions) -> tuple[feeds.Declared, ...]:
-    """The engine's own inputs: those of both sessions, without what one hands to the other."""
-    parts = [part for part in (sessions.condition, sessions.step) if part is not None]
+    """The engine's own inputs: those of all sessions, without what one hands to the other."""
+    parts = [part.session for part in (sessions.condition, sessions.timestep) if part is not None] + [sessions.step]
     handed = {value.name for part in parts for value in part.get_outputs()}
     rows = {row.name: row for part in parts for row in feeds.of_session(part)}
     return tuple(row for name, row in rows.items() if name not in handed)

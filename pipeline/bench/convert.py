@@ -11,7 +11,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,6 @@ from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from openvino import Model
-    from torch import nn
 
     from export.models.load import LoadedModel
 
@@ -169,25 +168,24 @@ def to_onnx_int8(model: LoadedModel, job: Job, path: Path) -> None:
 
 
 def to_openvino(model: LoadedModel, job: Job, path: Path) -> None:
-    """OpenVINO's own conversion of the PyTorch module: it knows attention as one operation, which ONNX does not."""
-    from export.models.load import float_linears
+    """OpenVINO's own conversion of the PyTorch module: it knows attention as one operation, which ONNX does not.
 
-    _save(_traced(model, float_linears(model), job.model.height, job.model.width), path)
-
-
-def _traced(model: LoadedModel, replacements: Mapping[str, nn.Module], height: int, width: int) -> Model:
+    Of torch.export's program, for which the module is not run: at 4096 tokens that would take many gigabytes.
+    """
     import openvino
-    import torch
 
-    from export.models.load import denoiser
+    from export.models.load import denoiser, float_linears
+    from export.models.torch_modules import set_resolution
+    from export.to_onnx import TRACE_BATCH, TRACE_TOKENS
+    from export.trace import exported
 
-    inputs = sample_inputs(model, 1, 1, height, width)
-    example = tuple(torch.from_numpy(inputs[row.name]) for row in model.inputs)
-    with torch.no_grad():
-        converted = openvino.convert_model(denoiser(model, replacements), example_input=example)
+    module, (height, width) = denoiser(model, float_linears(model)), (job.model.height, job.model.width)
+    set_resolution(module, *model.cells(height, width))
+    samples = sample_inputs(model, TRACE_BATCH, 0, height, width, TRACE_TOKENS)
+    converted = openvino.convert_model(exported(module, model.inputs, samples))
     for port, row in zip(converted.inputs, model.inputs, strict=True):
         port.get_tensor().set_names({row.name})
-    return converted
+    _save(converted, path)
 
 
 def to_openvino_int8(model: LoadedModel, job: Job, path: Path) -> None:

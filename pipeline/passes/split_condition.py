@@ -1,4 +1,5 @@
-"""Split a graph in two: what depends on the condition alone runs once per image, the rest once per step."""
+"""Split a graph by how often its parts run: what depends on the condition alone once per image, what depends on the
+timestep alone once per step, for all samples that share it, and the rest once per step for each sample."""
 
 from __future__ import annotations
 
@@ -12,10 +13,14 @@ from export.dialect.graph import attribute, drop_unused, inputs_of, is_op, resul
 from export.models.families import STEP_INPUTS
 
 logger = logging.getLogger(__name__)
+TIMESTEP = "timestep"
 # Without one of these in the first part a split saves nothing worth a second graph.
 PRODUCTS = frozenset(
     {"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "PackedGemm", "HalfGemm", "QuantizedAttention", "Conv"}
 )
+# Products whose rows are the same bits whatever rows stand beside them.
+ROW_BY_ROW = frozenset({"HalfGemm", "PackedGemm"})
+FINISHES = "TokenChain"  # behind a PackedGemm
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,79 @@ def split_condition(model: ir.Model) -> Split | None:
     boundary = _boundary(model.graph, once)
     condition, step = model.clone(), model.clone()
     _measure_elsewhere(condition.graph, sizes)
-    _keep_outputs(condition, boundary)
-    _turn_into_inputs(step, boundary)
-    for part in (condition, step):
-        drop_unused(part)
-        part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses() or value.is_graph_output()]
+    _cut(condition, step, boundary)
     logger.info("%d of %d nodes run once per image, %d tensors cross", len(once), len(model.graph), len(boundary))
     return Split(condition, step)
+
+
+@dataclass(frozen=True)
+class TimestepSplit:
+    """`timestep`: the timestep [batch] -> the tensors that cross, a row of each for a sample. `rest`: the other inputs
+    and those -> outputs."""
+
+    timestep: ir.Model
+    rest: ir.Model
+
+
+def split_timestep(model: ir.Model) -> TimestepSplit | None:
+    """Two models that share `model`'s tensors; the first holds the matrix products that depend on the timestep alone,
+    and what leads to them. None where there are none, or where one row of it for all samples of an equal timestep would
+    not be the same bits as a row for each."""
+    of_timestep = _up_to_products(model.graph, _of_timestep_alone(model.graph))
+    boundary = _boundary(model.graph, of_timestep)
+    if not {node.op_type for node in of_timestep} & PRODUCTS <= ROW_BY_ROW or not boundary:
+        return None
+    values, times = _values(model.graph), next(value for value in model.graph.inputs if value.name == TIMESTEP)
+    shapes = [value.shape for value in (times, *(values[name] for name in boundary))]
+    if any(not shape or shape[0] != (times.shape or [None])[0] for shape in shapes):
+        return None
+    timestep, rest = model.clone(), model.clone()
+    _cut(timestep, rest, boundary)
+    logger.info(
+        "%d of %d nodes read the timestep alone, %d tensors cross", len(of_timestep), len(model.graph), len(boundary)
+    )
+    return TimestepSplit(timestep, rest)
+
+
+def _of_timestep_alone(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes that read the timestep's numbers and beside them constants alone."""
+    values, nodes = {value for value in graph.inputs if value.name == TIMESTEP}, set()
+    for node in graph:
+        varying = [value for value in node.inputs if value is not None and not _is_constant(value)]
+        if varying and values.issuperset(varying) and not is_op(node, "Shape"):
+            values.update(node.outputs)
+            nodes.add(node)
+    return nodes
+
+
+def _is_constant(value: ir.Value) -> bool:
+    node = value.producer()
+    return value.const_value is not None or (node is not None and not node.inputs)
+
+
+def _up_to_products(graph: ir.Graph, nodes: set[ir.Node]) -> set[ir.Node]:
+    """Those of `nodes` that are matrix products, turn integer sums of one into its result, or lead to these."""
+    leading: set[ir.Node] = set()
+    for node in reversed(graph):
+        followers = {use.node for value in node.outputs for use in value.uses()}
+        makers = {value.producer() for value in node.inputs if value is not None}
+        ends = node.op_type in PRODUCTS or (node.op_type == FINISHES and any(map(_is_product, makers & nodes)))
+        if node in nodes and (ends or followers & leading):
+            leading.add(node)
+    return leading
+
+
+def _is_product(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type in PRODUCTS
+
+
+def _cut(first: ir.Model, rest: ir.Model, boundary: tuple[str, ...]) -> None:
+    """Of two copies of a model leave in `first` what gives the values `boundary`, in `rest` what reads them."""
+    _keep_outputs(first, boundary)
+    _turn_into_inputs(rest, boundary)
+    for part in (first, rest):
+        drop_unused(part)
+        part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses() or value.is_graph_output()]
 
 
 def _shared_sizes(graph: ir.Graph) -> dict[str, tuple[str, int]]:

@@ -1,10 +1,11 @@
-/* A list of blocks that no task uses: never more than tasks have run at once. */
+/* A list of blocks that no task uses: never more than tasks have run at once. Large ones, which hold what all tasks of a
+ * call read, go back to the system: their page faults are few beside the work on them, and the next layers need room. */
 #include "scratch.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { HEAD = 64 };
+enum { HEAD = 64, MOST_KEPT = 8 << 20 };
 
 #if defined(_WIN32) /* its C library has no aligned_alloc */
 #include <malloc.h>
@@ -59,6 +60,10 @@ void *take_scratch(int64_t bytes) {
 
 void give_scratch(void *scratch) {
   Block *block = (Block *)((char *)scratch - HEAD);
+  if (block->bytes > MOST_KEPT) {
+    release(block);
+    return;
+  }
   lock();
   block->next = unused, unused = block;
   unlock();

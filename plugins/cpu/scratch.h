@@ -1,4 +1,4 @@
-/* Memory of one task. It is kept for the next: large blocks that come from the system each time cost page faults. */
+/* Memory of one task, kept for the next: blocks that come from the system each time cost page faults. */
 #ifndef FPQ_SCRATCH_H
 #define FPQ_SCRATCH_H
 

@@ -40,3 +40,10 @@ def test_a_system_that_does_not_tell_has_none(tmp_path, monkeypatch):
     (tmp_path / "weights").write_bytes(b"1")
     assert mapped_pages.mapped_pages(tmp_path / "weights") == MappedPages()
     MappedPages().give_back()
+
+
+def test_a_part_is_as_large_as_it_must_be():
+    pages = MappedPages(frozenset({(0, 10), (20, 30), (40, 45)}))
+    assert pages.size_bytes() == 25
+    for size_bytes, count in ((0, 0), (1, 1), (10, 1), (11, 2), (21, 3), (99, 3)):
+        assert pages.part(size_bytes).ranges == frozenset(sorted(pages.ranges)[:count])

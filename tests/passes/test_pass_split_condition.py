@@ -2,9 +2,10 @@
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from export.dialect.graph import GraphBuilder, add_functions
-from pipeline.passes.split_condition import split_condition
+from pipeline.passes.split_condition import split_condition, split_timestep
 from tests.support.portable import op_types, run
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -112,3 +113,53 @@ def test_quantized_attention_of_the_condition_alone_leaves_the_step():
     split = split_condition(with_attention("text"))
     assert "QuantizedAttention" in op_types(split.condition) and "QuantizedAttention" not in op_types(split.step)
     assert len(split.condition.functions) == 1 and not split.step.functions
+
+
+# HalfGemm stands for any product whose rows do not depend on each other; nothing here runs it.
+TIMES = f"""{HEADER[:-2]}, "fpq.native" : 1]>
+g (float[batch,4] hidden_states, float[batch] timestep) => (float[batch,4] y)
+<float16[1,4,16] w, float[4] table> {{
+  axis = Constant <value_ints = [1]> ()
+  column = Unsqueeze(timestep, axis)
+  phase = Mul(column, table)
+  wave = Sin(phase)
+  embedded = fpq.native.HalfGemm <channels = 4> (wave, w)
+  shift = Add(embedded, table)
+  moved = Add(hidden_states, shift)
+  scale = fpq.native.HalfGemm <channels = 4> (moved, w)
+  y = Mul(scale, embedded)
+}}"""
+
+
+def test_products_of_the_timestep_alone_leave_the_step():
+    split = split_timestep(times_model())
+    assert [value.name for value in split.timestep.graph.inputs] == ["timestep"]
+    assert [value.name for value in split.timestep.graph.outputs] == ["embedded"]
+    assert op_types(split.timestep) == ["Unsqueeze", "Mul", "Sin", "HalfGemm"]
+    assert [value.name for value in split.rest.graph.inputs] == ["hidden_states", "embedded"]
+    assert op_types(split.rest) == ["Add", "Add", "HalfGemm", "Mul"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("embedded = fpq.native.HalfGemm <channels = 4> (wave, w)", "embedded = MatMul(wave, w)"),
+        ("embedded = fpq.native.HalfGemm <channels = 4> (wave, w)", "embedded = Mul(wave, table)"),
+        ("wave = Sin(phase)", "wave = Mul(phase, hidden_states)"),
+        ("float[batch] timestep", "float[times] timestep"),
+    ],
+    ids=["rows that depend on their number", "no product", "the picture", "another number of rows"],
+)
+def test_other_products_stay_in_the_step(old, new):
+    assert split_timestep(times_model()) is not None
+    assert split_timestep(times_model(old, new)) is None
+
+
+def times_model(old="", new=""):
+    """TIMES, whose value `embedded` has a row for each sample; with one of its texts replaced."""
+    tensors = [ir.tensor(np.ones((1, 4, 16), np.float16), name="w"), ir.tensor(np.ones(4, np.float32), name="table")]
+    model = ir.from_onnx_text(TIMES.replace(old, new), initializers=tensors)
+    for node in model.graph:
+        if node.outputs[0].name == "embedded":
+            node.outputs[0].shape, node.outputs[0].type = ir.Shape(("batch", 4)), ir.TensorType(ir.DataType.FLOAT)
+    return model

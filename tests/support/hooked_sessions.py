@@ -50,12 +50,18 @@ class Hooked:
     def __init__(self, session: Any, before: Callable[[], object], after: Callable[[], object]) -> None:
         self.session, self.before, self.after = session, before, after
         self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+        self.io_binding = session.io_binding
 
     def run(self, names: list[str], fed: dict[str, Any]) -> list[Any]:
         self.before()
         outputs: list[Any] = self.session.run(names, fed)
         self.after()
         return outputs
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self.before()
+        self.session.run_with_iobinding(binding)
+        self.after()
 
 
 def hooked(
@@ -65,7 +71,8 @@ def hooked(
     step: Callable[[], object] = _nothing,
 ) -> Sessions:
     """The sessions with hooks before and after the condition's part, and before the rest."""
-    result = Sessions(Hooked(sessions.step, step, _nothing), sessions.condition)
+    result = replace(sessions, step=Hooked(sessions.step, step, _nothing))
     if sessions.condition is None:
         return result
-    return replace(result, condition=Hooked(sessions.condition, condition, after_condition))
+    session = Hooked(sessions.condition.session, condition, after_condition)
+    return replace(result, condition=replace(sessions.condition, session=session))

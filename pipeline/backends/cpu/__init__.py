@@ -14,6 +14,7 @@ from pipeline.backends.base import (
     CONDITION,
     DATA,
     MODEL,
+    TIMESTEP,
     Backend,
     BuildResult,
     Check,
@@ -45,7 +46,7 @@ class CpuBackend(Backend[CpuOptions]):
     options_type = CpuOptions
     package = stock_runtime.PACKAGE
     speed_rank = 4
-    file_names = frozenset({MODEL, CONDITION, DATA, metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({MODEL, CONDITION, TIMESTEP, DATA, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # INT8 weights
     repeatable = True
 

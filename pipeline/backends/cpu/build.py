@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from pipeline.backends import metadata_file
-from pipeline.backends.base import CONDITION, DATA, MODEL, BuildResult, LoweredGraph
+from pipeline.backends.base import CONDITION, DATA, MODEL, TIMESTEP, BuildResult, LoweredGraph
 from pipeline.backends.cpu.engine import CpuMetadata
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.fold_weights import FoldWeights
@@ -22,7 +22,7 @@ from pipeline.backends.cpu.half_gemm import HalfGemms
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs
 from pipeline.backends.graph_files import packed_model, result, save_lowered
-from pipeline.passes.split_condition import split_condition
+from pipeline.passes.split_condition import split_condition, split_timestep
 from plugins.cpu import library
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ def build(lowered: LoweredGraph, out_dir: Path) -> BuildResult:
     """Put the lowered graph, split by how often its parts run, its weights and lowering.json into `out_dir`."""
     for name in (DATA, metadata_file.NAME):
         link_or_copy(lowered.path.with_name(name), out_dir / name)
-    model = ir.load(lowered.path)
-    split = split_condition(model)
-    parts = {MODEL: model} if split is None else {MODEL: split.step, CONDITION: split.condition}
+    parts = {MODEL: ir.load(lowered.path)}
+    if by_condition := split_condition(parts[MODEL]):
+        parts |= {MODEL: by_condition.step, CONDITION: by_condition.condition}
+    if by_timestep := split_timestep(parts[MODEL]):
+        parts |= {MODEL: by_timestep.rest, TIMESTEP: by_timestep.timestep}
     for name, part in parts.items():
         drop_unread_outputs(part)
         ir.save(part, out_dir / name)

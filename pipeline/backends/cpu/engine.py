@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NotRequired
 
 from typing_extensions import TypedDict
 
+from export.errors import ContractError
 from pipeline.backends import metadata_file
-from pipeline.backends.base import CONDITION, DATA, MODEL
+from pipeline.backends.base import CONDITION, DATA, MODEL, TIMESTEP
 from pipeline.backends.mapped_pages import mapped_pages
-from pipeline.backends.sessions import SessionEngine, Sessions, opened, session_options
+from pipeline.backends.sessions import Part, SessionEngine, Sessions, opened, session_options
 from pipeline.passes.probes import WIDE_SUM
 from plugins.cpu import library
 
@@ -55,7 +56,7 @@ def lacking(needs: Collection[str], present: Collection[str]) -> str | None:
 
 
 class CpuEngine(SessionEngine):
-    """Sessions of model.onnx and, where there is one, condition.onnx."""
+    """Sessions of model.onnx and, where they are there, condition.onnx and timestep.onnx."""
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """threads: of one call; 0: as many as `machine.threads` allows. Raises ContractError for damaged files."""
@@ -71,20 +72,30 @@ def open_sessions(folder: Path, threads: int = 0, profile: Path | None = None) -
     """Those of an engine's folder; threads, profile (of the step) as in `open_session`."""
     with_library, data = library.requirement() in required(folder), folder / DATA
     step = open_session(folder / MODEL, threads, with_library, profile)
-    if not (folder / CONDITION).is_file():
-        return Sessions(step)
     of_step = mapped_pages(data)
-    condition = open_session(folder / CONDITION, threads, with_library, arena=True)
-    return Sessions(step, condition, mapped_pages(data) - of_step)
+
+    def part(name: str) -> Part | None:
+        if not (folder / name).is_file():
+            return None
+        before = mapped_pages(data)
+        session = open_session(folder / name, threads, with_library)
+        pages = mapped_pages(data) - before
+        return Part(session, pages, of_step.part(pages.size_bytes()))
+
+    sessions = Sessions(step, condition=part(CONDITION), timestep=part(TIMESTEP))
+    if sessions.timestep is not None:
+        names = [value.name for value in sessions.timestep.session.get_inputs()]
+        if len(names) != 1:
+            read = ", ".join(names) or "nothing"
+            raise ContractError(f"{folder / TIMESTEP}: it reads {read} instead of the timestep; build the engine again")
+    return sessions
 
 
 def open_session(
-    path: Path, threads: int = 0, with_library: bool = False, profile: Path | None = None, arena: bool = False
+    path: Path, threads: int = 0, with_library: bool = False, profile: Path | None = None
 ) -> InferenceSession:
     """Session of a lowered graph, with the kernel library or without; threads 0: as many as `machine.threads` allows.
-    profile: how the file of onnxruntime's profiler begins, None for no profile. arena: for a graph whose results are
-    kept. A small tensor beside each would leave holes that the C library does not fill; without results to keep, an
-    arena only holds on to what one call has taken.
+    profile: how the file of onnxruntime's profiler begins, None for no profile.
 
     onnxruntime adds its fusions of transposes, scales and biases. It may not touch pairs of QuantizeLinear and
     DequantizeLinear: here they split an integer into limbs. No code beside the graph is looked for or loaded.
@@ -93,9 +104,8 @@ def open_session(
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # A tensor goes back when its last reader has run. A buffer that is planned for several tensors would live until the
     # last of them, those of the widest layers as long as the whole call; a block planned for all, beside the first
-    # call's tensors.
-    options.enable_mem_reuse = options.enable_mem_pattern = False
-    options.enable_cpu_mem_arena = arena
+    # call's tensors. An arena would hold on to what one call has taken.
+    options.enable_mem_reuse = options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     if with_library:
         library.register(options)
     if profile is not None:

@@ -16,6 +16,7 @@ from pipeline.backends.base import LoweredGraph
 from pipeline.backends.cpu import CpuBackend, CpuOptions
 from pipeline.backends.cpu.engine import open_session
 from pipeline.recipe import Recipe
+from tests.support import native
 from tests.support.hooked_sessions import hooked
 from tests.support.portable import activations, portable, random_linear
 
@@ -37,12 +38,12 @@ def source(tmp_path):
     return folder
 
 
-def built(source, name="cpu"):
+def built(source, name="cpu", recipe=RECIPE):
     backend = CpuBackend()
     work = source.parent / f"work-{name}"
     work.mkdir()
     (source / name).mkdir()
-    return backend.build(backend.lower(source / "model.onnx", work, RECIPE), source / name, RECIPE)
+    return backend.build(backend.lower(source / "model.onnx", work, recipe), source / name, recipe)
 
 
 def test_an_engine_runs_and_agrees_with_the_portable_model(source):
@@ -171,3 +172,50 @@ def test_the_condition_is_computed_once_and_again_when_it_changes(conditioned):
         feeds = {"hidden_states": x, "text": text}
         np.testing.assert_array_equal(engine.run(feeds)["y"], whole.run(None, feeds)[0])
         assert len(calls) == expected_calls
+
+
+TIMES = f"""
+  axis = Constant <value_ints = [1]> ()
+  column = Unsqueeze(timestep, axis)
+  frequencies = Constant <value_floats = {[1.0 / (1 + channel) for channel in range(64)]}> ()
+  phase = Mul(column, frequencies)
+  wave = Cos(phase)
+  shift = fpq.QuantizedLinear <layer="t"> (wave)
+  rows = Unsqueeze(shift, axis)
+  h = fpq.QuantizedLinear <layer="a"> (hidden_states)
+  y = Add(h, rows)
+"""
+
+
+def timed(folder, path):
+    """An engine of TIMES in `folder`, as it was built."""
+    if path == "fused":
+        native.need_compiler()
+    layers, inputs = [random_linear("t"), random_linear("a", seed=1)], "float[B,S,64] hidden_states, float[B] timestep"
+    folder.mkdir()
+    ir.save(portable(TIMES, layers, inputs, inner="float[B,16] shift"), folder / "model.onnx")
+    return built(folder, recipe=RECIPE.with_options(CpuOptions(path)))
+
+
+@pytest.mark.parametrize("path", ["stock", "fused"])
+def test_what_reads_the_timestep_alone_is_the_same_bits_for_each_sample(tmp_path, path):
+    """In a session of its own where the kernel library computes its products, whose rows stand for themselves."""
+    result = timed(tmp_path / "bundle", path)
+    assert ("cpu/timestep.onnx" in result.files) == (path == "fused")
+    engine = CpuBackend().load(tmp_path / "bundle")
+    whole = open_session(result.lowered.path, with_library=path == "fused")
+    rng = np.random.default_rng(0)
+    for times in ([700, 700, 700], [700, 3, 700], [999], [3, 999, 0, 1, 2, 3, 4, 5, 6]):
+        x = rng.standard_normal((len(times), 5, 64)).astype(np.float32)
+        feeds = {"hidden_states": x, "timestep": np.array(times, np.float32)}
+        np.testing.assert_array_equal(engine.run(feeds)["y"], whole.run(None, feeds)[0])
+    engine.close()
+
+
+def test_a_timestep_part_that_reads_more_is_refused(tmp_path):
+    result = timed(tmp_path / "bundle", "fused")
+    (tmp_path / "bundle" / "cpu" / "timestep.onnx").write_bytes(result.lowered.path.read_bytes())
+    with pytest.raises(
+        ContractError, match=r"timestep\.onnx: it reads hidden_states, timestep instead of the timestep"
+    ):
+        CpuBackend().load(tmp_path / "bundle")

@@ -232,12 +232,17 @@ def test_weights_of_the_condition_leave_memory_and_come_again(tmp_path: Path) ->
     lowered = CpuBackend().lower(tmp_path / "model.onnx", tmp_path / "work", recipe)
     CpuBackend().build(lowered, tmp_path / "cpu", recipe)
     engine = CpuEngine(tmp_path / "cpu", threads=1)
-    assert engine.sessions is not None
-    pages = engine.sessions.condition_pages
+    assert engine.sessions is not None and engine.sessions.condition is not None
+    pages, room = engine.sessions.condition.pages, engine.sessions.condition.room
+    assert room.ranges and room.ranges.isdisjoint(pages.ranges)
     assert pages.ranges and not pages.ranges & (mapped_pages(tmp_path / "cpu" / DATA) - pages).ranges
     first = engine.run(call(0))["y"]
-    assert resident_kib(pages) == 0
+    assert resident_kib(pages) == 0 < resident_kib(room)
+    sessions, during = engine.sessions, list[int]()
+    engine.sessions = hooked(sessions, condition=lambda: during.append(resident_kib(room)))
     engine.run(call(1))
+    assert during == [0]
+    engine.sessions = sessions
     engine.forget()
     assert np.array_equal(engine.run(call(0))["y"], first)
     engine.close()
