@@ -33,6 +33,8 @@ typedef struct Variant {
   const int8_t *(*decode)(const Block *, Scratch *);
   /* sums[rows, 16] += a[rows, k] * weight; a row of `a` is `stride` bytes long. */
   void (*add)(const Block *, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums);
+  /* NULL, or: a run for a decoded block, at least its `run`, by the weights that it has. */
+  int (*longer_run)(const Block *);
 } Variant;
 
 INLINE uint8_t multiplier(const Block *block, int64_t k, int channel) {
