@@ -45,7 +45,7 @@ static void add_plain(const Block *block, const uint8_t *a, int64_t stride, int6
   }
 }
 
-static const Variant PLAIN = {"plain", 0, decode_plain, add_plain, NULL};
+static const Variant PLAIN = {"plain", 0, decode_plain, add_plain, NULL, NULL};
 
 /* --- which variant ------------------------------------------------------------------------------------------------ */
 

@@ -263,11 +263,94 @@ ALL_ROWS(runs_of_1, SHORT_ROWS, 1)
 ALL_ROWS(no_runs, WIDE_ROWS, 0)
 #undef TILE
 
+/* --- codes of which few are large ---------------------------------------------------------------------------------- */
+
+/* A stretch of 16 codes whose sum, times the largest magnitude of a weight, is below 2^15 is one run whatever the weights
+ * are: no sum of its products leaves 16 bits, on the way neither. */
+TARGET_AVX2 static void mark_heavy(
+    const uint8_t *codes, int64_t stride, int64_t rows, int64_t k, int32_t most, uint8_t *heavy) {
+  for (int64_t row = 0; row < rows; row++, codes += stride)
+    for (int64_t i = 0; i < k; i += STRETCH, heavy++) {
+      __m128i sums = i + STRETCH <= k ? _mm_loadu_si128((const __m128i *)(codes + i))
+                                      : _mm_loadl_epi64((const __m128i *)(codes + i));
+      sums = _mm_sad_epu8(sums, _mm_setzero_si128());
+      *heavy = _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) > most;
+    }
+}
+
+/* At most RUN_ROWS rows of the first or second 8 channels of a panel, a stretch at a time: one run where no row is heavy,
+ * else each product of a pair alone, which fits: 255 * 127 < 2^15. */
+TARGET_AVX2 INLINE void tile_of_stretches(
+    const int rows, const Block *block, int64_t first, const int8_t *w, const uint8_t *a, int64_t stride, int32_t *sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const uint8_t *heavy[RUN_ROWS];
+  __m256i total[RUN_ROWS];
+#pragma GCC unroll 4
+  for (int row = 0; row < rows; row++) {
+    heavy[row] = block->heavy + (first + row) * block->heavy_row;
+    total[row] = load(sums + row * PANEL);
+  }
+  for (int64_t k = 0; k < block->k; k += STRETCH, w += STRETCH * PANEL, a += STRETCH) {
+    const int quads = block->k - k < STRETCH ? 2 : 4;
+    int any = 0;
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++) any |= heavy[row][k / STRETCH];
+    if (!any && quads == 4) {
+      __m256i sum[RUN_ROWS];
+#pragma GCC unroll 4
+      for (int quad = 0; quad < 4; quad++) {
+        __m256i weight = load(w + quad * BYTES), product[RUN_ROWS];
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) {
+          __m256i same = four_codes(a + row * stride + quad * QUAD);
+          __asm__ volatile("vpmaddubsw %1, %2, %0" : "=x"(product[row]) : "x"(weight), "x"(same));
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) {
+          if (quad) __asm__ volatile("vpaddw %1, %0, %0" : "+x"(sum[row]) : "x"(product[row]));
+          else sum[row] = product[row];
+        }
+      }
+#pragma GCC unroll 4
+      for (int row = 0; row < rows; row++)
+        total[row] = _mm256_add_epi32(total[row], _mm256_madd_epi16(sum[row], ones));
+      continue;
+    }
+    const __m256i even = _mm256_set1_epi16(255);
+    for (int quad = 0; quad < quads; quad++) {
+      __m256i weight = load(w + quad * BYTES);
+#pragma GCC unroll 4
+      for (int row = 0; row < rows; row++) {
+        __m256i same = four_codes(a + row * stride + quad * QUAD);
+        __m256i first_of_pair = _mm256_maddubs_epi16(_mm256_and_si256(same, even), weight);
+        __m256i second = _mm256_maddubs_epi16(_mm256_andnot_si256(even, same), weight);
+        total[row] = _mm256_add_epi32(total[row], _mm256_madd_epi16(first_of_pair, ones));
+        total[row] = _mm256_add_epi32(total[row], _mm256_madd_epi16(second, ones));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < rows; row++) _mm256_storeu_si256((__m256i *)(sums + row * PANEL), total[row]);
+}
+
+TARGET_AVX2 static void stretches(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  for (int64_t row = 0, here = 0; row < rows; row += here) {
+    here = rows - row >= RUN_ROWS ? RUN_ROWS : 1;
+    for (int half = 0; half < (block->channels > PANEL / 2 ? 2 : 1); half++) {
+      const int8_t *w = stored_bytes(block) + half * 32;
+      const uint8_t *at = a + row * stride;
+      int32_t *sum = sums + row * PANEL + half * PANEL / 2;
+      if (here == 1) tile_of_stretches(1, block, row, w, at, stride, sum);
+      else tile_of_stretches(RUN_ROWS, block, row, w, at, stride, sum);
+    }
+  }
+}
+
 static void add_avx2(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   int run = block->run;
-  (run == 16 ? runs_of_16 : run == 8 ? runs_of_8 : run == 4 ? runs_of_4 : run == 2 ? runs_of_2 : run ? runs_of_1 : no_runs)(
+  (block->heavy ? stretches : run == 16 ? runs_of_16 : run == 8 ? runs_of_8 : run == 4 ? runs_of_4 : run == 2 ? runs_of_2 : run ? runs_of_1 : no_runs)(
       block, a, stride, rows, sums);
 }
 
-const Variant PACKED_GEMM_AVX2 = {"avx2", 1, decode_avx2, add_avx2, longer_run};
+const Variant PACKED_GEMM_AVX2 = {"avx2", 1, decode_avx2, add_avx2, longer_run, mark_heavy};
 #endif
