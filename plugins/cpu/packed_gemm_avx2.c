@@ -265,21 +265,27 @@ ALL_ROWS(no_runs, WIDE_ROWS, 0)
 
 /* --- codes of which few are large ---------------------------------------------------------------------------------- */
 
-/* A stretch of 16 codes whose sum, times the largest magnitude of a weight, is below 2^15 is one run whatever the weights
- * are: no sum of its products leaves 16 bits, on the way neither. */
-TARGET_AVX2 static void mark_heavy(
+/* A lane of 16 bits adds the products of 8 of a stretch's 16 codes. Where the sum of these, times the largest magnitude of
+ * a weight, is below 2^15, no sum of their products leaves 16 bits, whatever the weights are. */
+TARGET_AVX2 static int64_t mark_heavy(
     const uint8_t *codes, int64_t stride, int64_t rows, int64_t k, int32_t most, uint8_t *heavy) {
+  const __m128i ones = _mm_set1_epi8(1), limit = _mm_set1_epi16((int16_t)most);
+  int64_t count = 0;
   for (int64_t row = 0; row < rows; row++, codes += stride)
     for (int64_t i = 0; i < k; i += STRETCH, heavy++) {
       __m128i sums = i + STRETCH <= k ? _mm_loadu_si128((const __m128i *)(codes + i))
                                       : _mm_loadl_epi64((const __m128i *)(codes + i));
-      sums = _mm_sad_epu8(sums, _mm_setzero_si128());
-      *heavy = _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) > most;
+      sums = _mm_maddubs_epi16(sums, ones); /* of each quad and lane */
+      sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4e));
+      sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xb1));
+      *heavy = _mm_cvtsi128_si32(_mm_cmpgt_epi16(sums, limit)) != 0;
+      count += *heavy;
     }
+  return count;
 }
 
-/* At most RUN_ROWS rows of the first or second 8 channels of a panel, a stretch at a time: one run where no row is heavy,
- * else each product of a pair alone, which fits: 255 * 127 < 2^15. */
+/* At most RUN_ROWS rows of the first or second 8 channels of a panel, a stretch at a time: one run where no row is heavy;
+ * else pairs by themselves where they fit, and products of a pair apart where not: 255 * 127 < 2^15. */
 TARGET_AVX2 INLINE void tile_of_stretches(
     const int rows, const Block *block, int64_t first, const int8_t *w, const uint8_t *a, int64_t stride, int32_t *sums) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -322,6 +328,10 @@ TARGET_AVX2 INLINE void tile_of_stretches(
 #pragma GCC unroll 4
       for (int row = 0; row < rows; row++) {
         __m256i same = four_codes(a + row * stride + quad * QUAD);
+        if (block->run) {
+          total[row] = _mm256_add_epi32(total[row], _mm256_madd_epi16(_mm256_maddubs_epi16(same, weight), ones));
+          continue;
+        }
         __m256i first_of_pair = _mm256_maddubs_epi16(_mm256_and_si256(same, even), weight);
         __m256i second = _mm256_maddubs_epi16(_mm256_andnot_si256(even, same), weight);
         total[row] = _mm256_add_epi32(total[row], _mm256_madd_epi16(first_of_pair, ones));

@@ -40,8 +40,9 @@ typedef struct Variant {
   void (*add)(const Block *, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums);
   /* NULL, or: a run for a decoded block, at least its `run`, by the weights that it has. */
   int (*longer_run)(const Block *);
-  /* NULL, or: for codes [rows, k], where the sum over a stretch of 16 exceeds `most`; k / 16 rounded up are marked. */
-  void (*mark_heavy)(const uint8_t *codes, int64_t stride, int64_t rows, int64_t k, int32_t most, uint8_t *heavy);
+  /* NULL, or: marks for codes [rows, k] the stretches of 16 where a sum of those that one lane adds exceeds `most`, k / 16
+   * rounded up for each row; returns how many. */
+  int64_t (*mark_heavy)(const uint8_t *codes, int64_t stride, int64_t rows, int64_t k, int32_t most, uint8_t *heavy);
 } Variant;
 
 INLINE uint8_t multiplier(const Block *block, int64_t k, int channel) {

@@ -15,8 +15,6 @@
 
 enum { SCORES_BYTES = 384 << 10, MOST_ROWS = 256, STAGGER = 16, KEY_BLOCK = 512 };
 
-static int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 /* Floats from one row of scores to the next: no power of two, of which few rows would share a set of the cache. */
 static int64_t score_row(int64_t keys) { return filled(keys, PANEL) + STAGGER; }
 
@@ -136,9 +134,10 @@ void quantized_attention_block(
   const uint8_t *heavy = NULL;
   run = run_of(WEIGHT_STEPS, attention->pv.kmax);
   if (variant->mark_heavy && run < 2) { /* most weights are small, and their sums tell more than their bound */
-    variant->mark_heavy(
-        memory.weights, long_row, count, long_row, INT16_MAX / (int32_t)ceilf(attention->pv.kmax), memory.heavy);
-    heavy = memory.heavy;
+    int32_t most = INT16_MAX / (int32_t)ceilf(attention->pv.kmax);
+    int64_t marked = variant->mark_heavy(memory.weights, long_row, count, long_row, most, memory.heavy);
+    /* Products of heavy ones by themselves take more than all widened: no gain from one in eight on. */
+    if (run || 8 * marked < count * (filled(keys, STRETCH) / STRETCH)) heavy = memory.heavy;
   }
   for (int64_t channel = 0; channel < size; channel += PANEL) {
     memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);

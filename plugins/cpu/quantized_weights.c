@@ -143,7 +143,7 @@ static Loops loops(void) {
 void quantized_attention_weigh(
     const float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale) {
   const Loops use = loops();
-  const int64_t wide = (keys + OCTET - 1) / OCTET * OCTET;
+  const int64_t wide = filled(keys, OCTET);
   for (int64_t row = 0; row < rows; row++, scores += stride, weights += wide) {
     float largest = use.largest(scores, keys);
     memset(weights + keys, 0, (size_t)(wide - keys));
