@@ -1,10 +1,12 @@
-"""Speed of the byte GEMMs of PixArt-XL on this CPU: `python -m benchmarks.gemm_cpu`.
+"""Speed of the byte GEMMs and the attention of PixArt-XL on this CPU: `python -m benchmarks.gemm_cpu`.
 
 The kernel library's PackedGemm with several formats beside onnxruntime's MatMulInteger, torch's quantized linear and,
 where ai-edge-litert is installed, XNNPACK's linears, each once per round, on operands that use the whole range of their
 formats. A row says how many operations a second the kernel did at best and by the median, what share of the machine's
 measured rate of byte products that is, and how far its integer sums are from the exact ones: kernels without dot
 products of bytes add pairs in saturating 16 bits.
+Attention in float32 and of codes is measured as nanoseconds for a score and thread: a query with a key, that is its
+product, its weight and the product with the value, 2 x 72 multiplications.
 Writes benchmarks/results/gemm_MACHINE.json.
 """
 
@@ -25,9 +27,12 @@ from numpy.typing import NDArray
 from benchmarks import record, xnnpack
 from benchmarks.record import Json
 from export.dialect.graph import GraphBuilder, add_initializer
+from export.dialect.ops import ABSMAX_FLOOR
+from export.formats.attention import AttentionFormats
 from export.formats.format import get_format, pack
 from export.formats.operands import fits_byte, largest_code, limb_base, zero_point
 from pipeline import machine
+from pipeline.backends.cpu.finish_with_chain import grid_numbers
 from pipeline.backends.cpu.packed_gemm import packed_gemm
 from pipeline.backends.cpu.quantizers import Operand
 from pipeline.backends.cpu.token_chain import VERSION, drop_unread_outputs
@@ -35,10 +40,13 @@ from pipeline.backends.sessions import session_options
 from pipeline.passes.quantized_gemm import QuantizedGemm, StoredWeight
 from plugins.cpu import library, limits
 
-ROWS = (256, 512, 1024)
+ROWS = (256, 1024, 4096)
+THREADS = (1, 2)
 CHANNELS = ((1152, 1152), (4608, 1152), (1152, 4608))  # (N, K)
 PEER, TORCH = "onnxruntime MatMulInteger", "torch quantized linear"
 ENGINES = ("x86", "onednn", "fbgemm")
+HEADS, HEAD_SIZE = 16, 72
+ATTENTIONS = (None, AttentionFormats("E2M3", "E2M3"), AttentionFormats("INT8", "INT8"))  # None: float32
 
 
 @dataclass(frozen=True)
@@ -195,34 +203,93 @@ def measure(m: int, n: int, k: int, rounds: int, threads: int) -> list[Json]:
     return rows
 
 
+def attention(formats: AttentionFormats | None, tokens: int, heads: int, threads: int) -> Callable[[], object]:
+    """One call of the kernel library's self-attention of `heads` heads, normal q, k and v: float32 without formats."""
+    node_type = ir.TensorType(ir.DataType.FLOAT)
+    values = [ir.Value(name=name, type=node_type) for name in "qkv"]
+    options: dict[str, float] = {"scale": HEAD_SIZE**-0.5}
+    if formats is not None:
+        options |= {"absmax_floor": ABSMAX_FLOOR}
+        for part, name in (("qk", formats.qk), ("pv", formats.pv)):
+            options |= {f"{part}_{key}": number for key, number in grid_numbers(get_format(name)).items()}
+    op = "Attention" if formats is None else "QuantizedAttention"
+    attributes = [ir.AttrFloat32(name, number) for name, number in options.items()]
+    node = ir.Node(library.DOMAIN, op, values, attributes, name="attention")
+    node.outputs[0].name, node.outputs[0].type = "out", node_type
+    imports = {"": 21, library.DOMAIN: VERSION}
+    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports=imports, name="g")
+    rng = np.random.default_rng(0)
+    feeds: dict[str, NDArray[np.generic]] = {
+        name: rng.standard_normal((1, heads, tokens, HEAD_SIZE), np.float32) for name in "qkv"
+    }
+    return partial(_session(ir.Model(graph, ir_version=10), threads, native=True), feeds)
+
+
+def measure_attention(tokens: int, heads: int, rounds: int, threads: int) -> list[Json]:
+    """Rows of all attentions at one number of tokens."""
+    runs = {formats: attention(formats, tokens, heads, threads) for formats in ATTENTIONS}
+    seconds: dict[AttentionFormats | None, list[float]] = {formats: [] for formats in ATTENTIONS}
+    for _ in range(rounds + 1):  # the first is not counted: it takes memory from the system
+        for formats, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[formats].append(time.perf_counter() - started)
+    scores = heads * tokens**2 / threads
+    return [
+        {
+            "attention": "float32" if formats is None else f"{formats.qk} x {formats.pv}",
+            "tokens": tokens,
+            "ns_per_score": round(1e9 * min(times[1:]) / scores, 3),
+            "median_ns_per_score": round(1e9 * median(times[1:]) / scores, 3),
+        }
+        for formats, times in seconds.items()
+    ]
+
+
+def measure_threads(threads: int, rows: list[int], rounds: int) -> Json:
+    """GEMMs and attentions with so many threads, and the limits measured between them."""
+    import torch
+
+    torch.set_num_threads(threads)
+    gemms, measured = [], [limits.measure(threads)]
+    for m in rows:
+        for n, k in CHANNELS:
+            gemms += measure(m, n, k, rounds, threads)
+            measured.append(limits.measure(threads))
+    attentions = [row for tokens in rows for row in measure_attention(tokens, HEADS, rounds, threads)]
+    limit = 2e-9 * max(row.byte_products_per_s for row in measured)  # at best, as the kernels
+    for row in gemms:
+        row["share_of_limit"] = round(row["gop_per_s"] / limit, 3)
+    return {
+        "threads": threads,
+        "limit_gop_per_s": round(limit, 1),
+        "limit_gflop_per_s": round(2e-9 * max(row.float_products_per_s for row in measured), 1),
+        "load_average": round(os.getloadavg()[0], 2),
+        "gemms": gemms,
+        "attentions": attentions,
+    }
+
+
+def _table(rows: list[Json]) -> str:
+    return record.markdown(rows[0], ([row[column] for column in rows[0]] for row in rows))
+
+
 def main() -> None:
     parser = record.parser("benchmarks.gemm_cpu", __doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--threads", type=int, nargs="+", default=list(THREADS))
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=list(ROWS), help="rows of the GEMMs, tokens of attention"
+    )
     parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
     args = record.parsed(parser)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of torch
-    import torch
-
-    torch.set_num_threads(args.threads)
-    rows, measured = [], [limits.measure(args.threads)]
-    for m in args.rows:
-        for n, k in CHANNELS:
-            rows += measure(m, n, k, args.rounds, args.threads)
-            measured.append(limits.measure(args.threads))
-    limit = 2e-9 * max(row.byte_products_per_s for row in measured)  # at best, as the kernels
-    for row in rows:
-        row["share_of_limit"] = round(row["gop_per_s"] / limit, 3)
-    document: Json = {
-        "variant": measured[0].variant,
-        "threads": args.threads,
-        "limit_gop_per_s": round(limit, 1),
-        "load_average": round(os.getloadavg()[0], 2),
-        "rows": rows,
-    }
-    columns = ("kernel", "m", "n", "k", "gop_per_s", "median_gop_per_s", "share_of_limit", "largest_error_of_a_sum")
-    print(record.markdown(columns, ([row[column] for column in columns] for row in document["rows"])))
+    os.environ["OMP_NUM_THREADS"] = str(max(args.threads))  # of torch
+    runs: list[Json] = []
+    for threads in args.threads:
+        runs.append(measure_threads(threads, args.rows, args.rounds))
+        print(f"\n{threads} threads: {runs[-1]['limit_gop_per_s']} GOP/s of bytes at best\n")
+        print(_table(runs[-1]["gemms"]), _table(runs[-1]["attentions"]), sep="\n\n")
+    document: Json = {"variant": limits.measure(1).variant, "runs": runs}
     slug = record.slug(f"{machine.cpu_name()} {machine.cpu_count()}cpu")
     print(record.write(f"gemm_{slug}", document, args.output_dir))
 

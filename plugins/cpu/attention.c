@@ -69,7 +69,6 @@ static const Loops *loops(void) {
   return &plain_loops;
 }
 
-static int64_t filled(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
 enum { MAX_LANES = 16 };
 
 typedef struct Scratch {

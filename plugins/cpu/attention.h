@@ -6,6 +6,9 @@
 
 enum { QUERIES = 264, KEYS = 128 }; /* of a block: scores, keys and values of one stay in the second-level cache */
 
+/* n filled up to a multiple of `to`. */
+static inline int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 /* float32 [samples, heads, tokens, size], `queries` tokens of q and out, `keys` of k and v. mask: added to the scores,
  * NULL for none; its element of (sample, head, query, key) is at the sum of these indices times mask_step.
  *

@@ -48,6 +48,7 @@ KERNELS = (
     "attention.c",
     "quantized_attention.c",
     "quantized_operands.c",
+    "quantized_weights.c",
     "token_chain.c",
 )
 SOURCES = (

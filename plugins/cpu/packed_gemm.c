@@ -45,7 +45,7 @@ static void add_plain(const Block *block, const uint8_t *a, int64_t stride, int6
   }
 }
 
-static const Variant PLAIN = {"plain", 0, decode_plain, add_plain};
+static const Variant PLAIN = {"plain", 0, decode_plain, add_plain, NULL, NULL};
 
 /* --- which variant ------------------------------------------------------------------------------------------------ */
 
@@ -244,9 +244,9 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
     codes[limb] = whole_octets(gemm, codes[limb] + first * gemm->k, rows, scratch.tail[limb]);
   Block block = {.gemm = gemm, .weight = gemm->weight + panel * panel_bytes, .factors = scratch.factors};
   if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
-  if (variant->adds_pairs) block.run = run_of(gemm);
-  int64_t most = variant->adds_pairs && !block.run ? K_BLOCK / 2 : K_BLOCK; /* weights of 16 bits are as many bytes */
-  int spread = 0;
+  const int run = variant->adds_pairs ? run_of(gemm) : 0;
+  int64_t most = variant->adds_pairs && !run ? K_BLOCK / 2 : K_BLOCK; /* weights of 16 bits are as many bytes */
+  int spread = 0; /* the run that the factors are for */
   for (int64_t s = 0, end = 0; s < gemm->sums; s++) {
     int64_t start = end;
     end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
@@ -254,8 +254,10 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
       memset(scratch.sums[limb], 0, (size_t)(rows * PANEL) * sizeof(int32_t));
     for (block.k0 = start; block.k0 < end; block.k0 += block.k) {
       block.k = end - block.k0 < most ? end - block.k0 : most;
+      block.run = run;
       block.w = variant->decode(&block, &scratch);
-      if (block.run && (block.multipliers || !spread)) spread_factors(&block, scratch.factors), spread = 1;
+      if (run && variant->longer_run) block.run = variant->longer_run(&block);
+      if (block.multipliers ? run : block.run != spread) spread_factors(&block, scratch.factors), spread = block.run;
       for (int limb = 0; limb < limbs; limb++)
         variant->add(&block, codes[limb] + block.k0, k, rows, scratch.sums[limb]);
     }

@@ -5,7 +5,7 @@
 #include "packed_gemm.h"
 #include "variants.h"
 
-enum { BYTES = PANEL * QUAD, MAX_RUN = 8 };
+enum { BYTES = PANEL * QUAD, MAX_RUN = 8, STRETCH = 16 };
 
 /* Where one panel is worked on: a block of decoded weights, its multipliers, and the sums of all rows. */
 typedef struct Scratch {
@@ -24,6 +24,11 @@ typedef struct Block {
   int run;                 /* quads whose sums of pairs fit 16 bits; 0: not even one's */
   const int8_t *w;         /* what `decode` has returned, for `add` */
   const int16_t *factors;  /* [runs, 32], where the variant adds pairs */
+  /* [rows, stretches of 16 input channels], rows `heavy_row` bytes apart: 1 where that row's codes may leave 16 bits, see
+   * mark_heavy. NULL: nobody has looked. There are no multipliers where it is given. */
+  const uint8_t *heavy;
+  int64_t heavy_row;
+  int channels; /* of the panel that are read where `heavy` is given */
 } Block;
 
 typedef struct Variant {
@@ -33,6 +38,11 @@ typedef struct Variant {
   const int8_t *(*decode)(const Block *, Scratch *);
   /* sums[rows, 16] += a[rows, k] * weight; a row of `a` is `stride` bytes long. */
   void (*add)(const Block *, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums);
+  /* NULL, or: a run for a decoded block, at least its `run`, by the weights that it has. */
+  int (*longer_run)(const Block *);
+  /* NULL, or: marks for codes [rows, k] the stretches of 16 where a sum of those that one lane adds exceeds `most`, k / 16
+   * rounded up for each row; returns how many. */
+  int64_t (*mark_heavy)(const uint8_t *codes, int64_t stride, int64_t rows, int64_t k, int32_t most, uint8_t *heavy);
 } Variant;
 
 INLINE uint8_t multiplier(const Block *block, int64_t k, int channel) {

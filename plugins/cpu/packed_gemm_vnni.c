@@ -68,7 +68,7 @@ TARGET_VNNI_256 static void add_vnni_256(
   if (rows) tile_vnni_256(1, a, stride, k, w, sums);
 }
 
-const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, decode_vnni_256, add_vnni_256};
+const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, decode_vnni_256, add_vnni_256, NULL, NULL};
 
 /* --- AVX-512 VNNI: four products in 32 bits ---------------------------------------------------------------------- */
 
@@ -126,5 +126,5 @@ TARGET_VNNI static void add_vnni(
   for (; rows; rows--, a += stride, sums += PANEL) tile_vnni(1, a, stride, k, w, sums);
 }
 
-const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, packed_gemm_decode_vnni, add_vnni};
+const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, packed_gemm_decode_vnni, add_vnni, NULL, NULL};
 #endif

@@ -4,7 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-#include "exponential.h"
 #include "packed_gemm_variant.h"
 #include "variants.h"
 
@@ -15,8 +14,6 @@
 #endif
 
 enum { SCORES_BYTES = 384 << 10, MOST_ROWS = 256, STAGGER = 16, KEY_BLOCK = 512 };
-
-static int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* Floats from one row of scores to the next: no power of two, of which few rows would share a set of the cache. */
 static int64_t score_row(int64_t keys) { return filled(keys, PANEL) + STAGGER; }
@@ -34,6 +31,7 @@ typedef struct Memory {
   float *work;          /* [2, size] */
   int8_t *decoded;      /* of a block of keys, as a variant may want it */
   int16_t *ones;        /* multipliers of a block */
+  uint8_t *heavy;       /* [rows, keys / STRETCH]: which weights may leave 16 bits */
 } Memory;
 
 static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory *parts) {
@@ -41,10 +39,10 @@ static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory
   int64_t sizes[] = {
       rows * score_row(keys) * 4, rows * filled(attention->tensors.size, OCTET), rows * filled(keys, OCTET),
       rows * PANEL * 4, rows * 4, 2 * attention->tensors.size * 4,
-      2 * KEY_BLOCK * PANEL, KEY_BLOCK / QUAD * 2 * PANEL * 2};
-  void *at[8];
-  for (int i = 0; i < 8; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
-  if (parts) *parts = (Memory){at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]};
+      2 * KEY_BLOCK * PANEL, KEY_BLOCK / QUAD * 2 * PANEL * 2, rows * filled(keys, STRETCH) / STRETCH};
+  void *at[9];
+  for (int i = 0; i < 9; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
+  if (parts) *parts = (Memory){at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
   return used;
 }
 
@@ -67,53 +65,6 @@ VARIANTS void add_mask(float *scores, const float *mask, int64_t keys) {
   for (int64_t i = 0; i < keys; i++) scores[i] += mask[i];
 }
 
-enum { LANES_OF_MAX = 64 }; /* so many that their maxima do not wait for each other */
-
-/* The largest score, NaN if any is. */
-VARIANTS float largest_score(const float *scores, int64_t n) {
-  float lanes[LANES_OF_MAX], largest = -INFINITY;
-  int64_t whole = n - n % LANES_OF_MAX;
-  int32_t unordered = 0;
-  for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = -INFINITY;
-  for (int64_t i = 0; i < whole; i += LANES_OF_MAX)
-    for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
-  for (int64_t i = whole; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
-  for (int half = LANES_OF_MAX / 2; half; half /= 2)
-    for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-  if (lanes[0] > largest) largest = lanes[0];
-  for (int64_t i = 0; i < n; i++) unordered |= -(scores[i] != scores[i]);
-  return unordered ? NAN : largest;
-}
-
-/* Codes of exp(scores - largest) and their sum. A weight below half a step is 0, long before exp has no normal number. */
-VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uint8_t *weights, int64_t n) {
-  int32_t sum = 0;
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) {
-    float x = scores[i] - largest;
-    x = x > -bound ? x : -bound;
-    float rounded = exponential(x) * (float)WEIGHT_STEPS + MAGIC;
-    int32_t bits;
-    memcpy(&bits, &rounded, sizeof bits);
-    weights[i] = (uint8_t)bits;
-    sum += bits & 255;
-  }
-  return sum;
-}
-
-/* Rows of scores -> rows of weights; scale: 1 / their sum, NaN where there is no largest score that is finite. */
-static void weigh_rows(int64_t rows, int64_t keys, int64_t stride, const Memory *memory) {
-  int64_t wide = filled(keys, OCTET);
-  for (int64_t row = 0; row < rows; row++) {
-    uint8_t *weights = memory->weights + row * wide;
-    float largest = largest_score(memory->scores + row * stride, keys);
-    memset(weights + keys, 0, (size_t)(wide - keys));
-    if (isfinite(largest))
-      memory->scale[row] = 1.0f / (float)weights_of(memory->scores + row * stride, largest, EXP_BOUND, weights, keys);
-    else memset(weights, 0, (size_t)keys), memory->scale[row] = NAN;
-  }
-}
-
 VARIANTS void finish(
     const int32_t *sums, int64_t rows, const float *value_scale, const float *scale, int64_t count, float *out,
     int64_t stride) {
@@ -128,17 +79,20 @@ static int run_of(int32_t largest_code, float kmax) {
   return 2 * pair <= INT16_MAX ? 2 : pair <= INT16_MAX ? 1 : 0;
 }
 
-/* memory->sums += codes [rows, k] * panel [k / 4, 16, 4], at most KEY_BLOCK of k at a time. */
+/* memory->sums += codes [rows, k] * panel [k / 4, 16, 4], at most KEY_BLOCK of k at a time. heavy: of codes, rows of
+ * k / STRETCH marks, NULL for none. */
 static void add_products(
     const Variant *variant, const uint8_t *codes, int64_t stride, int64_t rows, const int8_t *panel, int64_t k, int run,
-    const Memory *memory) {
+    int channels, const uint8_t *heavy, const Memory *memory) {
   static const PackedGemm bytes = {0};
   Scratch scratch = {.decoded = memory->decoded};
-  for (int64_t k0 = 0; k0 < k; k0 += KEY_BLOCK) {
-    Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .k0 = k0, .run = run, .factors = memory->ones};
-    block.k = k - k0 < KEY_BLOCK ? k - k0 : KEY_BLOCK;
-    block.w = variant->decode(&block, &scratch);
-    variant->add(&block, codes + k0, stride, rows, memory->sums);
+  Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .run = run, .factors = memory->ones};
+  block.channels = channels, block.heavy_row = filled(k, STRETCH) / STRETCH;
+  for (; block.k0 < k; block.k0 += KEY_BLOCK) {
+    block.k = k - block.k0 < KEY_BLOCK ? k - block.k0 : KEY_BLOCK;
+    if (heavy) block.heavy = heavy + block.k0 / STRETCH;
+    else block.w = variant->decode(&block, &scratch);
+    variant->add(&block, codes + block.k0, stride, rows, memory->sums);
   }
 }
 
@@ -163,7 +117,7 @@ void quantized_attention_block(
   int run = run_of(2 * zero, attention->qk.kmax);
   for (int64_t key = 0; key < keys; key += PANEL) {
     memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
-    add_products(variant, memory.q, wide, count, operands->keys + key * wide, wide, run, &memory);
+    add_products(variant, memory.q, wide, count, operands->keys + key * wide, wide, run, PANEL, NULL, &memory);
     scores_of_panel(
         memory.sums, count, zero, operands->key_sum + key, operands->key_scale + key, memory.scale,
         memory.scores + key, stride);
@@ -175,15 +129,22 @@ void quantized_attention_block(
       else
         for (int64_t key = 0; key < keys; key++) memory.scores[row * stride + key] += mask[key * step[3]];
   }
-  weigh_rows(count, keys, stride, &memory);
+  quantized_attention_weigh(memory.scores, stride, count, keys, memory.weights, memory.scale);
 
+  const uint8_t *heavy = NULL;
   run = run_of(WEIGHT_STEPS, attention->pv.kmax);
+  if (variant->mark_heavy && run < 2) { /* most weights are small, and their sums tell more than their bound */
+    int32_t most = INT16_MAX / (int32_t)ceilf(attention->pv.kmax);
+    int64_t marked = variant->mark_heavy(memory.weights, long_row, count, long_row, most, memory.heavy);
+    /* Products of heavy ones by themselves take more than all widened: no gain from one in eight on. */
+    if (run || 8 * marked < count * (filled(keys, STRETCH) / STRETCH)) heavy = memory.heavy;
+  }
   for (int64_t channel = 0; channel < size; channel += PANEL) {
     memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
+    int64_t channels = size - channel < PANEL ? size - channel : PANEL;
     add_products(
-        variant, memory.weights, long_row, count, operands->values + channel * long_row, long_row, run, &memory);
-    finish(
-        memory.sums, count, operands->value_scale + channel, memory.scale, size - channel < PANEL ? size - channel : PANEL,
-        out + channel, size);
+        variant, memory.weights, long_row, count, operands->values + channel * long_row, long_row, run, (int)channels,
+        heavy, &memory);
+    finish(memory.sums, count, operands->value_scale + channel, memory.scale, channels, out + channel, size);
   }
 }

@@ -47,6 +47,11 @@ static inline int32_t quantized_attention_zero(const QuantizedAttention *attenti
 void quantized_attention_queries(
     const QuantizedAttention *, const float *q, int64_t count, uint8_t *codes, float *scale, float *rows);
 
+/* Rows of scores, `stride` floats apart -> rows of weights, filled up with 0 to whole octets. scale: 1 / the sum of a row's
+ * weights, NaN where it has no largest score that is finite; its weights are 0 then. */
+void quantized_attention_weigh(
+    const float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale);
+
 /* Queries of a block, so that their scores stay in the second-level cache; a multiple of 4. */
 int64_t quantized_attention_rows(const QuantizedAttention *);
 int64_t quantized_attention_scratch(const QuantizedAttention *);

@@ -8,8 +8,6 @@
 #include "quantized_attention.h"
 #include "variants.h"
 
-static int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 static int64_t lay_out(const QuantizedAttention *attention, char *memory, HeadOperands *operands) {
   int64_t size = attention->tensors.size, keys = attention->tensors.keys, used = 0;
   int64_t channels = filled(size, PANEL), columns = filled(keys, PANEL);

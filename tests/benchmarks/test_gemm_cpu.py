@@ -15,3 +15,10 @@ def test_our_sums_are_exact_and_every_contestant_has_a_row():
     for kernel in gemm_cpu.KERNELS:
         assert rows[kernel.name]["largest_error_of_a_sum"] == 0
     assert all(row["gop_per_s"] >= row["median_gop_per_s"] > 0 for row in rows.values())
+
+
+def test_attention_of_each_kind_has_a_row():
+    native.need_compiler()
+    rows = gemm_cpu.measure_attention(20, heads=2, rounds=2, threads=1)
+    assert [row["attention"] for row in rows] == ["float32", "E2M3 x E2M3", "INT8 x INT8"]
+    assert all(row["median_ns_per_score"] >= row["ns_per_score"] > 0 for row in rows)

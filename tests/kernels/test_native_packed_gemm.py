@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from export.dialect.graph import GraphBuilder
-from export.formats.format import get_format
+from export.formats.format import get_format, pack
 from export.formats.operands import largest_code, limb_base, zero_point
 from pipeline.backends.cpu.packed_gemm import packed_gemm
 from pipeline.backends.cpu.quantizers import Operand
@@ -203,3 +203,32 @@ def test_tables_whose_pairs_leave_16_bits_are_refused():
     table.const_value = ir.tensor(array, name=table.name)
     with pytest.raises(Exception, match="a pair of products can leave 16 bits"):
         native.run(model, {"h": np.zeros((2, 64), np.uint8)})
+
+
+EDGES = [("E2M1", "E2M3", 16), ("INT4", "INT8", 16), ("E2M1", "INT8", 8), ("E2M3", "E2M3", 4), ("INT8", "E2M3", 2)]
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+@pytest.mark.parametrize("weight, activation, run", EDGES)
+def test_runs_that_are_longer_by_the_weights_end_at_16_bits(variant, weight, activation, run, beyond):
+    """In pairs of 16 bits, sums over `run` quads are as large as 2^15 - 1 lets them be, or larger by one weight."""
+    gemm, m = linear(weight, activation, "per_channel", 0, 0, 17, 1152), 37
+    operand, codes, _ = operands(gemm, m)
+    largest, kmax = largest_code(gemm.activation, 1), int(gemm.weight.kmax)
+    integers = sorted({abs(int(i)) for i in gemm.weight.integers if abs(i) <= kmax}, reverse=True)
+    left, lane = (2**15 - 1) // largest + beyond, []
+    for place in range(2 * run):  # a lane adds two products of each quad
+        integer = next(i for i in integers if i <= left and left - i <= (2 * run - place - 1) * kmax)
+        lane.append(integer)
+        left -= integer
+    row = np.zeros((288 // run, run, 2, 2), np.int64)  # runs, their quads, lanes, products
+    row[...] = np.reshape(lane, (1, run, 1, 2))  # of one sign: two sums that wrap to both sides would make up for it
+    assert row.sum(axis=(1, 3)).max() * largest - beyond * largest <= 2**15 - 1
+    signs = np.where(np.arange(17) % 3 == 1, -1, 1)[:, None]
+    stored = gemm.stored
+    array = np.array([np.flatnonzero(gemm.weight.integers == i)[0] for i in (signs * row.reshape(1, -1)).ravel()])
+    packed = pack(array.reshape(17, 1152).astype(np.uint8), gemm.weight.bits)
+    gemm = replace(gemm, stored=replace(stored, codes=ir.Tensor(packed, name="codes")))
+    codes[0][1:9] = largest
+    result = native.run(product_model(gemm, operand), feeds_of(codes, None))[0]
+    np.testing.assert_array_equal(result, expected(gemm, operand, codes, None))

@@ -61,6 +61,22 @@ def test_masks(mask):
     assert off(operands(2, 2, 50, 130, 24, mask), AttentionFormats("E2M3", "INT8")) <= 1
 
 
+@pytest.mark.parametrize("pv", ["INT8", "E2M3", "INT6"])
+@pytest.mark.parametrize("visible", [1, 2, 3, 16])
+def test_weights_and_values_that_are_all_the_largest(variant, visible, pv):  # noqa: F811
+    """In pairs of 16 bits: as many weights of 255 in each 16 keys as one run takes (128 * 255 < 2^15), or more."""
+    tensors, formats = operands(1, 1, 9, 1100, 24), AttentionFormats("INT8", pv)
+    mask = np.where(np.arange(1100) % 16 < visible, 0, -10000).astype(np.float32)
+    mask[400:460], mask[1090:] = 0, 0  # heavy ones and light ones by turns
+    tensors.q[...] = 0
+    tensors.v[...] = np.where(np.arange(24) % 3 == 1, -3, 3)
+    tensors.v[:, :, :, 2] *= np.where(np.arange(1100) % 4 < 2, 1, -1)
+    tensors = tensors._replace(mask=mask[None, None, None])
+    assert off(tensors, formats) <= 1
+    light = attend(tensors._replace(q=tensors.q[:, :, :3]), formats)  # rows one by one
+    np.testing.assert_array_equal(light, attend(tensors, formats)[:, :, :3])
+
+
 def test_what_is_hidden_counts_for_nothing():
     formats = AttentionFormats("INT8", "INT8")
     tensors = operands(1, 1, 20, 70, 16, "infinite")

@@ -1,0 +1,153 @@
+/* The weights of QuantizedAttention: exp(score - the largest of its row) in steps of 1 / WEIGHT_STEPS. */
+#include <math.h>
+#include <string.h>
+
+#include "exponential.h"
+#include "packed_gemm.h"
+#include "quantized_attention.h"
+#include "variants.h"
+
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+/* --- any processor ------------------------------------------------------------------------------------------------ */
+
+enum { LANES_OF_MAX = 64 }; /* so many that their maxima do not wait for each other */
+
+/* The largest score, NaN if any is. */
+VARIANTS float largest_score(const float *scores, int64_t n) {
+  float lanes[LANES_OF_MAX], largest = -INFINITY;
+  int64_t whole = n - n % LANES_OF_MAX;
+  int32_t unordered = 0;
+  for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = -INFINITY;
+  for (int64_t i = 0; i < whole; i += LANES_OF_MAX)
+    for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
+  for (int64_t i = whole; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
+  for (int half = LANES_OF_MAX / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  if (lanes[0] > largest) largest = lanes[0];
+  for (int64_t i = 0; i < n; i++) unordered |= -(scores[i] != scores[i]);
+  return unordered ? NAN : largest;
+}
+
+/* Codes of exp(scores - largest) and their sum. A weight below half a step is 0, long before exp has no normal number. */
+VARIANTS int32_t weights_of(const float *scores, float largest, uint8_t *weights, int64_t n) {
+  int32_t sum = 0;
+  ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) {
+    float x = scores[i] - largest;
+    x = x > -EXP_BOUND ? x : -EXP_BOUND;
+    float rounded = exponential(x) * (float)WEIGHT_STEPS + MAGIC;
+    int32_t bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    weights[i] = (uint8_t)bits;
+    sum += bits & 255;
+  }
+  return sum;
+}
+
+/* --- AVX2 --------------------------------------------------------------------------------------------------------- */
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline))
+
+TARGET_AVX2 static float largest_score_avx2(const float *scores, int64_t n) {
+  __m256 largest[4], unordered = _mm256_setzero_ps();
+  for (int part = 0; part < 4; part++) largest[part] = _mm256_set1_ps(-INFINITY);
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) {
+      __m256 x = _mm256_loadu_ps(scores + i + 8 * part);
+      largest[part] = _mm256_max_ps(x, largest[part]); /* the second of the two where the first is NaN */
+      unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    }
+  float lanes[8], last = -INFINITY;
+  int any = _mm256_movemask_ps(unordered);
+  _mm256_storeu_ps(
+      lanes, _mm256_max_ps(_mm256_max_ps(largest[0], largest[1]), _mm256_max_ps(largest[2], largest[3])));
+  for (int lane = 0; lane < 8; lane++) last = lanes[lane] > last ? lanes[lane] : last;
+  for (; i < n; i++) last = scores[i] > last ? scores[i] : last, any |= scores[i] != scores[i];
+  return any ? NAN : last;
+}
+
+/* round(255 * exp(x)) for x <= 0, and 0 for x below -87: x = n ln 2 + r, a polynomial of degree 5 in r fitted to 255 exp(r)
+ * with the least relative error, 2^-23.3, times 2^n by adding to the exponent. One constant is enough for ln 2: its error
+ * is multiplied by at most 10 where the weight is not 0, and the product is fused. With all roundings exp is off by less
+ * than 2 units in its last place. */
+TARGET_AVX2 INLINE __m256i weight_codes(__m256 scores, __m256 largest) {
+  __m256 x = _mm256_max_ps(_mm256_sub_ps(scores, largest), _mm256_set1_ps(-EXP_BOUND));
+  __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), _mm256_set1_ps(MAGIC));
+  __m256 n = _mm256_sub_ps(shifted, _mm256_set1_ps(MAGIC));
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693147181f), x), p = _mm256_set1_ps(2.115893f);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(10.688486f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(42.50232f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(127.49718f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(254.99992f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(255.00002f));
+  __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23); /* the lowest bits of `shifted` are n */
+  return _mm256_cvtps_epi32(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
+}
+
+TARGET_AVX2 static int32_t weights_of_avx2(const float *scores, float largest, uint8_t *weights, int64_t n) {
+  const __m256 most = _mm256_set1_ps(largest);
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* of what two packings of four vectors leave */
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  __m256i sums = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __m256i codes[4];
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) codes[part] = weight_codes(_mm256_loadu_ps(scores + i + 8 * part), most);
+    __m256i low = _mm256_packs_epi32(codes[0], codes[1]), high = _mm256_packs_epi32(codes[2], codes[3]);
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), in_order);
+    _mm256_storeu_si256((__m256i *)(weights + i), bytes);
+    sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
+  }
+  for (; i < n; i += 8) { /* scores of whole panels can be read; those from n on weigh nothing */
+    __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)(n - i)), lanes);
+    __m256i codes = _mm256_and_si256(inside, weight_codes(_mm256_loadu_ps(scores + i), most));
+    __m256i words = _mm256_packs_epi32(codes, codes), both = _mm256_packus_epi16(words, words);
+    __m128i octet = _mm_unpacklo_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    _mm_storel_epi64((__m128i *)(weights + i), octet);
+    sums = _mm256_add_epi64(sums, _mm256_castsi128_si256(_mm_sad_epu8(_mm_move_epi64(octet), _mm_setzero_si128())));
+  }
+  int64_t parts[4];
+  _mm256_storeu_si256((__m256i *)parts, sums);
+  return (int32_t)(parts[0] + parts[1] + parts[2] + parts[3]);
+}
+#endif
+
+/* --- rows --------------------------------------------------------------------------------------------------------- */
+
+typedef struct Loops {
+  float (*largest)(const float *scores, int64_t n);
+  int32_t (*weights)(const float *scores, float largest, uint8_t *weights, int64_t n);
+} Loops;
+
+static Loops loops(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !__builtin_cpu_supports("avx512f"))
+    return (Loops){largest_score_avx2, weights_of_avx2}; /* where there is AVX-512, the loops of C have a copy for it */
+#endif
+  return (Loops){largest_score, weights_of};
+}
+
+void quantized_attention_weigh(
+    const float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale) {
+  const Loops use = loops();
+  const int64_t wide = filled(keys, OCTET);
+  for (int64_t row = 0; row < rows; row++, scores += stride, weights += wide) {
+    float largest = use.largest(scores, keys);
+    memset(weights + keys, 0, (size_t)(wide - keys));
+    if (isfinite(largest)) scale[row] = 1.0f / (float)use.weights(scores, largest, weights, keys);
+    else memset(weights, 0, (size_t)keys), scale[row] = NAN;
+  }
+}
