@@ -13,8 +13,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from pipeline.backends.base import Arrays
-from pipeline.bench.runners import Spec
+from pipeline.bench.runners import Runner, Spec
 from pipeline.bench.worker import (
+    Server,
     Worker,
     WorkerError,
     load_arrays,
@@ -68,6 +69,28 @@ def test_every_command_has_one_line_of_answer(tmp_path: Path) -> None:
     assert len(rows) == 4 and all(row.keys() == {"s", "peak_rss_bytes"} for row in rows)
     assert rows[0]["peak_rss_bytes"] <= rows[2]["peak_rss_bytes"] and rows[1]["s"] > 0
     assert np.array_equal(load_arrays(tmp_path / "out.npz")["sample"], INPUTS["hidden_states"] / 2)
+
+
+def test_no_two_timed_calls_are_of_one_timestep(tmp_path: Path) -> None:
+    """An engine keeps what it computed for a timestep, and a picture has another in each step."""
+    seen: list[float] = []
+
+    class Watcher(Runner):
+        def run(self, inputs: Arrays) -> Arrays:
+            seen.append(float(inputs["timestep"][0]))
+            return {"sample": inputs["hidden_states"]}
+
+        def forget(self) -> None:
+            return None
+
+        def close(self) -> None:
+            return None
+
+    server = Server()
+    server.runner, server.inputs = Watcher(), INPUTS
+    for output in (None, None, str(tmp_path / "out.npz"), None):
+        server.answer({"do": "call", "forget": False, "output": output})
+    assert len(set(seen)) == 4 and seen[2] == 1 and np.allclose(seen, 1, rtol=1e-6)
 
 
 def test_what_the_user_can_mend_is_answered_in_words(tmp_path: Path) -> None:

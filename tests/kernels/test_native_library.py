@@ -95,7 +95,8 @@ def test_sessions_may_come_and_go():
 def test_an_engine_gives_what_the_stock_engine_gives(source):
     result, stock = built(source), built(source, "stock", RECIPE.with_options(CpuOptions("stock")))
     for build in (result, stock):
-        assert {file.split("/")[1] for file in build.files} == CpuBackend.file_names  # data only
+        names = {file.split("/")[1] for file in build.files}  # data only; the model here has no timestep
+        assert names == CpuBackend.file_names - {"timestep.onnx"}
     engines = [CpuEngine(source / name) for name in ("cpu", "stock")]
     y, expected = (engine.run(feeds())["y"] for engine in engines)
     np.testing.assert_array_equal(y, expected)  # no norm, no GELU: the same roundings
