@@ -150,13 +150,24 @@ class Drawing:
 
     def previews(self) -> Pictures:
         """What the model takes the pictures to become, [B, H, W, C] uint8, after at least one step."""
+        return to_pixels(self._estimate())
+
+    def preview(self, row: int) -> Pictures:
+        """That of one picture, [H, W, C] uint8."""
+        return to_pixels(self._estimate()[row : row + 1])[0]
+
+    def _estimate(self) -> FloatArray:
         if self.trajectory.estimate is None:
             raise RecipeError("no step has been made yet; previews exist from the first one on")
-        return to_pixels(self.trajectory.estimate)
+        return self.trajectory.estimate
 
     def result(self) -> Pictures:
         """The pictures as they are by now, [B, H, W, C] uint8. Raises ContractError for NaN: the engine is broken."""
         return to_pixels(self.latents)
+
+    def picture(self, row: int) -> Pictures:
+        """One of them, [H, W, C] uint8; NaN in another is no matter."""
+        return to_pixels(self.latents[row : row + 1])[0]
 
 
 def noise_of(pictures: Sequence[Picture], shape: tuple[int, int, int]) -> FloatArray:
