@@ -155,21 +155,24 @@ async def _generations(service: Service, api_key: str | None, request: Request) 
             if not asked.stream:
                 return JSONResponse(await _all_pictures(service, asked, submitted, request))
             counting.goes_on = True
-    except (ClientLeftError, ClientDisconnect):
+    except ClientLeftError:
         return Response(status_code=LEFT)
     return EventStream(service, asked, submitted, arrived)
 
 
 async def _body(request: Request) -> bytes:
-    """The whole body. Raises ApiError for one of another type, or too long."""
+    """The whole body. Raises ApiError for one of another type, or too long, and ClientLeftError for a part of one."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"the content type is {kind[:80]!r}; send application/json")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > images_request.MOST_BODY_BYTES:
-            raise ApiError(413, f"the body has more than {images_request.MOST_BODY_BYTES} bytes; send a shorter prompt")
+    body, most = bytearray(), images_request.MOST_BODY_BYTES
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise ApiError(413, f"the body has more than {most} bytes; send a shorter prompt")
+    except ClientDisconnect:
+        raise ClientLeftError from None
     return bytes(body)
 
 

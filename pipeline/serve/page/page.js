@@ -140,6 +140,7 @@ async function draw() {
   const tiles = Array.from({ length: asked.n }, () => tile(asked));
   at("empty").hidden = true;
   at("gallery").prepend(...tiles);
+  tiles[0].scrollIntoView({ block: "nearest", behavior: "smooth" }); // on a phone it is below the form
   while (at("gallery").children.length > MOST_SHOWN) at("gallery").lastChild.remove();
   const done = tiles.map(() => 0); // steps of each picture
   const progress = () => {
