@@ -19,7 +19,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -51,6 +50,8 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     app.add_exception_handler(UserError, _answer_user_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_bug)
+
+    from pydantic import TypeAdapter
 
     schema = TypeAdapter(ImagesRequest).json_schema()
     documented = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
