@@ -119,7 +119,9 @@ class Process:
 
 @contextlib.contextmanager
 def started(bundle: Path, *flags: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "pipeline.serve", str(bundle), "--port", "0", "--json", "--threads", "1", *flags]
+    """The server, where the compiler's packages are nowhere."""
+    words = ["serve", str(bundle), "--port", "0", "--json", "--threads", "1", *flags]
+    command = [sys.executable, "-m", "tests.support.absent", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"DITC_API_KEY": KEY}, **pipes)
     try:
