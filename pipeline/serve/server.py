@@ -13,6 +13,9 @@ from fastapi import FastAPI
 from pipeline.serve.service import Service
 from pipeline.signals import first_calls
 
+# For clients to take the last answers; then the server ends without them.
+TAKEN_WITHIN_S = 10
+
 
 class _Server(uvicorn.Server):
     """uvicorn's, which tells when it is ready and leaves signals to this program."""
@@ -39,7 +42,10 @@ def serve(service: Service, app: FastAPI, listener: socket.socket, ready: Callab
 
 
 async def _serve(service: Service, app: FastAPI, listener: socket.socket, ready: Callable[[], None]) -> None:
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"), ready)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=TAKEN_WITHIN_S
+    )
+    server = _Server(config, ready)
     loop, told = asyncio.get_running_loop(), asyncio.Event()
 
     async def end() -> None:
