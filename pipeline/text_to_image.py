@@ -56,6 +56,8 @@ class PipelineOutput:
 class Pipeline:
     """A bundle of a pixel model with its engine, which is loaded once. May be called from any number of threads.
 
+    name, height, width: of the engine; n_steps, guidance_scale: the model's own; examples: prompts that it knows.
+
     with Pipeline.load("engines/pixart_w4a6") as pipeline:
         pipeline("a red circle on white", seed=3).images[0].save("out.png")
     """
@@ -70,6 +72,8 @@ class Pipeline:
         self.bundle, self.name = bundle, bundle.name
         with bundle.generation() as generation:
             self.generation = generation.loaded()
+        self.n_steps, self.guidance_scale = self.generation.n_steps, self.generation.guidance_scale
+        self.examples = tuple(self.generation.conditioning.get("examples", ()))
         self.channels, self.height, self.width = picture_shape(bundle)
         # Classes without a row of their own have no inputs without a batch axis.
         family = FAMILIES.get(bundle.manifest["model"]["family"])
@@ -163,13 +167,13 @@ class Pipeline:
             [picture.prompt for picture in pictures], [picture.negative_prompt for picture in pictures]
         )
         noise = noise_of(pictures, (self.channels, self.height, self.width))
-        scale = self.generation.guidance_scale if guidance_scale is None else guidance_scale
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
         trajectory = Trajectory(self.engine.run, encoded, noise, self._sampler(n_steps), scale, self.shared)
         return Drawing(pictures, trajectory)
 
     def _sampler(self, n_steps: int | None) -> Sampler:
         own = self.generation
-        return make_sampler(own.sampler, own.n_steps if n_steps is None else n_steps, own.timestep_scale)
+        return make_sampler(own.sampler, self.n_steps if n_steps is None else n_steps, own.timestep_scale)
 
     def close(self) -> None:
         """Free the engine, when the calls that are running have ended; later calls raise RecipeError."""

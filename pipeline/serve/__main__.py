@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # What the extra `serve` installs.
 SERVER = ("fastapi", "prometheus_client", "uvicorn")
 KEY_VARIABLE = "DITC_API_KEY"
-MOST_QUEUE, MOST_TIMEOUT_S = 100_000, 86_400.0
+MOST_QUEUE, MOST_TIMEOUT_S = 1000, 86_400.0
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 

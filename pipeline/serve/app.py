@@ -126,12 +126,12 @@ def _report(service: Service, name: str) -> Response:
 def _model(service: Service) -> dict[str, Any]:
     """As OpenAI describes a model, and what it draws under `ditc`."""
     pipeline = service.pipeline
-    own, has_report = pipeline.generation, f"{REPORT}index.html" in pipeline.bundle.manifest["files"]
+    has_report = f"{REPORT}index.html" in pipeline.bundle.manifest["files"]
     facts = {
         "size": f"{pipeline.width}x{pipeline.height}",
-        "steps": own.n_steps,
-        "guidance": own.guidance_scale,
-        "examples": own.conditioning.get("examples", []),
+        "steps": pipeline.n_steps,
+        "guidance": pipeline.guidance_scale,
+        "examples": pipeline.examples,
         "most": {
             "n": images_request.MOST_PICTURES,
             "steps": images_request.MOST_STEPS,
@@ -140,7 +140,8 @@ def _model(service: Service) -> dict[str, Any]:
         },
         "report": f"/{REPORT}" if has_report else None,
     }
-    return {"id": pipeline.name, "object": "model", "created": 0, "owned_by": machine.PROGRAM, "ditc": facts}
+    row = {"id": pipeline.name, "object": "model", "created": service.created, "owned_by": machine.PROGRAM}
+    return {**row, "ditc": facts}
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -96,14 +96,14 @@ def read(body: bytes, pipeline: Pipeline) -> Asked:
     if size not in ("auto", own):
         raise ApiError(400, f"size {shown(size)}; the engine draws {own}, ask for that or auto", param="size")
     steps, guidance, seed = fields.get("steps"), fields.get("guidance"), fields.get("seed")
-    n_steps = pipeline.generation.n_steps if steps is None else steps
+    n_steps = pipeline.n_steps if steps is None else steps
     negative = fields.get("negative_prompt")
     request = DrawRequest(
         (fields["prompt"],),
         secrets.randbelow(SEEDS) if seed is None else seed,
         fields.get("n") or 1,
         n_steps,
-        pipeline.generation.guidance_scale if guidance is None else guidance,
+        pipeline.guidance_scale if guidance is None else guidance,
         (negative,) if negative else (),
     )
     pipeline.check(request)

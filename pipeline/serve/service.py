@@ -57,10 +57,13 @@ OUTCOMES = {429: "full", 500: "failed", 503: "draining", 504: "timeout"}
 
 
 class Service:
-    """The pipeline, its worker and what both have made. To be used from one event loop; `start` comes before all."""
+    """The pipeline, its worker and what both have made. To be used from one event loop; `start` comes before all.
+
+    created: when, in seconds since 1970.
+    """
 
     def __init__(self, pipeline: Pipeline, limits: Limits = Limits()) -> None:
-        self.pipeline, self.limits = pipeline, limits
+        self.pipeline, self.limits, self.created = pipeline, limits, int(time.time())
         self.queue = JobQueue(limits.queue, limits.batch_size)
         self.store = PictureStore()
         self.metrics = Metrics(lambda: len(self.queue), lambda: self.store.size_bytes)

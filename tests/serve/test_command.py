@@ -27,7 +27,7 @@ from tests.support.serving import WAITED_S, Asking
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--queue", "0"], "--queue 0; use 1 to 100000"),
+        (["--queue", "0"], "--queue 0; use 1 to 1000"),
         (["--batch-size", "5"], "--batch-size 5; use 1 to 4, the largest that engines are built for"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--timeout", "0"], "--timeout 0; use seconds"),
