@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WAITED_S = 60.0
+WAITED_S = 300.0
 
 
 def browser() -> str | None:

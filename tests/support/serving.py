@@ -22,7 +22,7 @@ from pipeline.serve.service import Limits, Service
 from pipeline.text_to_image import Pipeline
 from tests.generate.test_generate import LevelEngine, make_bundle
 
-WAITED_S = 30.0
+WAITED_S = 120.0
 USUAL = Limits()
 
 
