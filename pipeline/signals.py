@@ -30,8 +30,9 @@ class Terminated(KeyboardInterrupt):
 class _Handler:
     """What the process does with the signals of HEEDED."""
 
-    def __init__(self) -> None:
-        self.came = False
+    def __init__(self, first: Callable[[int], object]) -> None:
+        """first: what is done at the first signal, of a number."""
+        self.came, self.first = False, first
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.came:
@@ -39,7 +40,12 @@ class _Handler:
             stop_workers()
             os._exit(SIGNAL_BASE + number)
         self.came = True
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self.first(number)
+
+
+def _end_here(number: int) -> None:
+    """End the work where it stands."""
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 Handlers = dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None]
@@ -51,11 +57,29 @@ def _take_over() -> Handlers:
     nested = any(isinstance(old, _Handler) for old in before.values())
     if nested or threading.current_thread() is not threading.main_thread():
         return {}
-    handler = _Handler()
+    return _replaced(before, _Handler(_end_here))
+
+
+def _replaced(before: Handlers, handler: _Handler) -> Handlers:
+    """Heed the signals by `handler`, but for those that are ignored; returns what was done with them before."""
     taken: Handlers = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
     for number in taken:
         signal.signal(number, handler)
     return taken
+
+
+@contextmanager
+def first_calls(work: Callable[[], object]) -> Iterator[None]:
+    """Within, the first signal calls `work` and the program goes on, to end by itself; a second ends it at once.
+
+    For the main thread, of a server: what it has begun is finished.
+    """
+    taken = _replaced({number: signal.getsignal(number) for number in HEEDED}, _Handler(lambda _: work()))
+    try:
+        yield
+    finally:
+        for number, old in taken.items():
+            signal.signal(number, old)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export.errors import EnvironmentLacksError
 from pipeline import compiler, load, machine
@@ -28,6 +29,13 @@ from tests.support.requirements import closure
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow  # a bundle is built, and every verb is a process of its own
 DRAW = ("--prompt", "7", "--n-steps", "2", "--scale", "1", "--threads", "1")
+# The picture that DRAW asks for, by the module for users.
+DRAW_IN_PYTHON = """
+import sys
+from ditc import Pipeline
+with Pipeline.load(sys.argv[1], threads=1) as pipeline:
+    pipeline("7", num_inference_steps=2).images[0].save("python.png")
+"""
 # What `load` is asked for: prints the sum of each target's output as the bytes that it is.
 HIDE = "from tests.support.absent import hide\nhide()\n"
 RUN = """
@@ -251,6 +259,8 @@ def test_a_wheel_works_away_from_the_tree(installed: str, work_folder: Path, tmp
         assert rows[target] == bundle.engine(target).run(inputs())["sample"].tobytes().hex()
     run("-m", "pipeline.generate", work_folder / "bundle", *DRAW, "-o", "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    run("-c", DRAW_IN_PYTHON, work_folder / "bundle")
+    assert np.array_equal(Image.open(tmp_path / "out.png"), Image.open(tmp_path / "python.png"))
     script = (
         "from importlib.metadata import entry_points as e\n[row] = e(group='console_scripts', name='ditc')\nrow.load()"
     )

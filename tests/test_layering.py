@@ -77,6 +77,8 @@ ORDER = (
     ("compiler",),
     ("bench", "verify"),
     ("calibrate",),
+    ("serve",),
+    ("text_to_image",),
     ("bundle",),
     ("generate",),
     ("recipe",),
@@ -261,13 +263,14 @@ RUN_TIME = [
     if path.match("pipeline/bundle/*.py")
     or path.match("pipeline/generate/*.py")
     or path.match("pipeline/generate/schedulers/*.py")
+    or path.match("pipeline/serve/*.py")
     or path.match("pipeline/backends/*/engine.py")
     or path.match("pipeline/backends/*/__init__.py")
     or path.match("plugins/cpu/*.py")
     or path.as_posix()
     in {
         *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
-        *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals")),
+        *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals", "text_to_image")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
         *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime")),
     }

@@ -11,14 +11,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from export.errors import RecipeError
 from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.files import refuse_unwritable
-from pipeline.generate.draw import DrawRequest, Pictures, draw, makes_pixels
+from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures, makes_pixels
+from pipeline.progress import track
 from pipeline.signals import leave
+from pipeline.text_to_image import Pipeline, as_image
+
+if TYPE_CHECKING:
+    from pipeline.bundle.bundle import Bundle
 
 DESCRIPTION = "Draw pictures with an engine bundle."
 # Small pictures are enlarged by a whole factor, so that they can be seen: to at least this many pixels a side.
@@ -26,6 +32,16 @@ SHOWN_PIXELS = 256
 GAP = 1  # pixels between the pictures of a sheet
 # Of one sheet, so that a slip of the finger is refused at once.
 MOST_SHEET_PIXELS = 2**28
+
+
+def draw(bundle: Bundle, request: DrawRequest, target: str = "auto") -> Pictures:
+    """Pictures [prompts * num_images, H, W, 1 or 3] uint8 of a pixel model."""
+    with bundle.generation() as generation:
+        generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
+    with Pipeline(bundle, target) as pipeline:
+        batches = math.ceil(len(request.pictures) / BATCH_SIZE)
+        drawn = [drawing.result() for drawing in track(pipeline.drawings(request), batches, "draw")]
+    return np.concatenate(drawn)
 
 
 def arrange(pictures: Pictures, columns: int) -> Pictures:
@@ -50,7 +66,7 @@ def default_scale(height: int, width: int) -> int:
 
 def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mapping[str, object]) -> tuple[int, int]:
     """Write one PNG, every pixel enlarged to scale x scale; `facts` go into it as text. Returns (width, height)."""
-    from PIL import Image, PngImagePlugin
+    from PIL import PngImagePlugin
 
     sheet = arrange(pictures, columns)
     height, width = sheet.shape[0] * scale, sheet.shape[1] * scale
@@ -60,7 +76,7 @@ def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mappin
     information = PngImagePlugin.PngInfo()
     for key, value in facts.items():
         information.add_itxt(key, str(value))
-    image = Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+    image = as_image(sheet)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, format="PNG", pnginfo=information)
     return image.size
@@ -76,7 +92,7 @@ def make_parser() -> Parser:
     flags.add_argument("--prompt", action="append", required=True, help="what to draw; several give a sheet")
     flags.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE.png")
     flags.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next has seed + 1")
-    flags.add_argument("--n-steps", type=int, default=0, help="denoising steps (default: the model's)")
+    flags.add_argument("--n-steps", type=int, help="denoising steps (default: the model's)")
     flags.add_argument("--guidance-scale", type=float, help="1 is without guidance (default: the model's)")
     flags.add_argument("--target", default="auto", help="cpu, rtx, cuda, trt, onnx (the portable "
                       "model, slow); auto: the fastest that this machine can run")  # fmt: skip
@@ -97,19 +113,17 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         raise RecipeError(f"--scale must not be negative, and {args.output} must end in .png")
     refuse_unwritable(args.output, False, "--output")
     bundle = load(args.bundle, args.threads)
-    request = DrawRequest(
-        tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale, args.target
-    )
+    request = DrawRequest(tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale)
     if makes_pixels(bundle):
         if args.pipeline is not None:
             raise RecipeError(
                 f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away"
             )
-        pictures = draw(bundle, request)
+        pictures = draw(bundle, request, args.target)
     else:
         from pipeline.generate.latent import draw_latent
 
-        pictures = draw_latent(bundle, request, args.pipeline)
+        pictures = draw_latent(bundle, request, args.pipeline, args.target)
     scale = args.scale or default_scale(*pictures.shape[1:3])
     facts = {"engine": bundle.name, "prompts": json.dumps(request.prompts), "seed": request.seed}
     # One row for each prompt; with one picture of each, a sheet that is about square.

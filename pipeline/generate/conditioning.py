@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
@@ -33,6 +34,7 @@ MOST_ELEMENTS = 2**24
 
 Index = Annotated[int, Ge(0), Le(2**31)]
 Words = Annotated[list[str], MinLen(1)]
+Table = NDArray[np.float32]
 
 
 class Vocabulary(TypedDict):
@@ -135,15 +137,35 @@ class Generation:
     n_steps: int = 20
     output: str = "pixels"
 
-    def encode(self, prompts: list[str]) -> tuple[Arrays, Arrays]:
-        """Model inputs of B prompts, and of B empty prompts. Raises RecipeError for a prompt outside the grammar."""
+    def encode(self, prompts: list[str], negative_prompts: Sequence[str | None] = ()) -> tuple[Arrays, Arrays]:
+        """Model inputs of B prompts, and of B negative ones. (), None and "" among them are the empty prompt.
+
+        Raises RecipeError for a prompt outside the grammar.
+        """
         if not prompts:
             raise RecipeError("no prompt was given; give at least one")
+        negative = [prompt or None for prompt in negative_prompts or [None] * len(prompts)]
+        return self._inputs(prompts), self._inputs(negative)
+
+    def _inputs(self, prompts: Sequence[str | None]) -> Arrays:
+        """Of B prompts; None is the empty one."""
         if self.conditioning["kind"] == "vocabulary":
-            return _vocabulary(self.conditioning, prompts, self.folder)
+            return _vocabulary(self.conditioning, prompts, self.table, self.folder)
         if self.conditioning["kind"] == "classes":
             return _classes(self.conditioning, prompts)
         return _synthetic(self.conditioning, prompts)
+
+    @cached_property
+    def table(self) -> Table | None:
+        """The token embedding [words, D] of a vocabulary, read once; None of other kinds. Raises ContractError."""
+        if self.conditioning["kind"] != "vocabulary":
+            return None
+        return _table(embedding_path(self.folder, self.conditioning["embedding"]), self.conditioning["tensor"])
+
+    def loaded(self) -> Generation:
+        """This description with the contents of its files in memory, so that they may go."""
+        _ = self.table
+        return self
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -188,21 +210,20 @@ def from_dict(document: Mapping[str, object], folder: Path) -> Generation:
     )
 
 
-def _vocabulary(conditioning: Vocabulary, prompts: list[str], folder: Path) -> tuple[Arrays, Arrays]:
+def _vocabulary(conditioning: Vocabulary, prompts: Sequence[str | None], table: Table | None, folder: Path) -> Arrays:
     """Token embeddings: encoder_hidden_states [B, slots, D] and a mask of ones; `null_token` is the empty prompt."""
+    assert table is not None
     path, null_token = embedding_path(folder, conditioning["embedding"]), conditioning["null_token"]
-    table = _table(path, conditioning["tensor"])
-    ids = np.stack([token_ids(prompt, conditioning["slots"]) for prompt in prompts])
-    if ids.max() >= len(table):
-        raise ContractError(f"{path}: {len(table)} rows, but the vocabulary reaches token {ids.max()}")
+    nothing = np.full(len(conditioning["slots"]), null_token, np.int64)
+    ids = np.stack([nothing if text is None else token_ids(text, conditioning["slots"]) for text in prompts])
     if null_token >= len(table):
         raise ContractError(f"{path}: {len(table)} rows, but null_token is {null_token}")
-    mask = np.ones(ids.shape, np.float32)
-    prompted, plain = table[ids], table[np.full_like(ids, null_token)]
-    return _captions(prompted, mask), _captions(plain, mask)
+    if ids.max() >= len(table):
+        raise ContractError(f"{path}: {len(table)} rows, but the vocabulary reaches token {ids.max()}")
+    return {"encoder_hidden_states": table[ids], "encoder_attention_mask": np.ones(ids.shape, np.float32)}
 
 
-def _table(path: Path, tensor: str) -> NDArray[np.float32]:
+def _table(path: Path, tensor: str) -> Table:
     """The token embedding [words, D] float32."""
     if not path.is_file():
         raise ContractError(f"{path} is missing; it holds the token embedding. Build the bundle again")
@@ -217,14 +238,10 @@ def _table(path: Path, tensor: str) -> NDArray[np.float32]:
     return table.astype(np.float32)
 
 
-def _captions(states: NDArray[np.float32], mask: NDArray[np.float32]) -> Arrays:
-    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-
-def _classes(conditioning: Classes, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _classes(conditioning: Classes, prompts: Sequence[str | None]) -> Arrays:
     """Class indices: class_labels [B] int64; `null_class` is the empty prompt."""
-    labels = np.array([_class_index(prompt, conditioning["names"]) for prompt in prompts], np.int64)
-    return {"class_labels": labels}, {"class_labels": np.full_like(labels, conditioning["null_class"])}
+    names, nothing = conditioning["names"], conditioning["null_class"]
+    return {"class_labels": np.array([nothing if p is None else _class_index(p, names) for p in prompts], np.int64)}
 
 
 def _class_index(prompt: str, names: list[str]) -> int:
@@ -239,14 +256,13 @@ def _class_index(prompt: str, names: list[str]) -> int:
     return known[" ".join(words)]
 
 
-def _synthetic(conditioning: Synthetic, prompts: list[str]) -> tuple[Arrays, Arrays]:
+def _synthetic(conditioning: Synthetic, prompts: Sequence[str | None]) -> Arrays:
     """Random inputs of the right shapes, seeded by the prompt: for models whose text encoder is not here."""
-    inputs = conditioning["inputs"]
-    prompted = {name: _random_rows(row, prompts) for name, row in inputs.items()}
-    return prompted, {name: _random_rows(row, [""] * len(prompts)) for name, row in inputs.items()}
+    texts = [prompt or "" for prompt in prompts]
+    return {name: _random_rows(row, texts) for name, row in conditioning["inputs"].items()}
 
 
-def _random_rows(row: SyntheticInput, prompts: list[str]) -> NDArray[np.generic]:
+def _random_rows(row: SyntheticInput, prompts: Sequence[str]) -> NDArray[np.generic]:
     """One row for each prompt: {"shape": without the batch, "dtype"} normal numbers, or all equal to "value"."""
     shape, dtype = tuple(row["shape"]), np.dtype(row.get("dtype", "float32"))
     if "value" in row:

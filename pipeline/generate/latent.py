@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
 
 
-def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None) -> Pictures:
+def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None, target: str = "auto") -> Pictures:
     """Pictures [prompts * num_images, H, W, 3] uint8; `source` names the pipeline if it is not the model's own."""
+    if request.negative_prompts:
+        raise RecipeError("a latent model's negative prompt is given to its own diffusers pipeline; leave it away here")
     machine.require(("torch", "diffusers", "transformers"), "drawing with a latent model", "build")
     root = find_pipeline(source or str(bundle.manifest["model"]["source"]))  # refuse before the slow imports
     family = str(bundle.manifest["model"]["family"])
     _refuse_other_class(root, family)
     import torch
 
-    transformer = bundle.as_diffusers(request.target)
+    transformer = bundle.as_diffusers(target)
     try:
         pipeline = open_pipeline(Path(root), transformer)
         settings: dict[str, float] = {"num_inference_steps": request.n_steps} if request.n_steps else {}
@@ -35,8 +37,8 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None)
         drawn = []
         for first in range(0, len(request.pictures), BATCH_SIZE):
             part = request.pictures[first : first + BATCH_SIZE]
-            generators = [torch.Generator().manual_seed(seed) for _, seed in part]
-            named = pipeline_arguments(pipeline, bundle.recipe.sampling, [text for text, _ in part])
+            generators = [torch.Generator().manual_seed(picture.seed) for picture in part]
+            named = pipeline_arguments(pipeline, bundle.recipe.sampling, [picture.prompt for picture in part])
             with drawing(Path(root)):
                 images = pipeline(**named, generator=generators, output_type="np", **settings).images
             drawn.append(np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8))

@@ -7,7 +7,7 @@ differ from the schedulers of diffusers (folder schedulers/) in the last bits, w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,13 @@ TRAIN_STEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 2e-2
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sequence of steps. timesteps: [n_steps] float32, the model's input; advance(x, prediction, i) is step i."""
+    """A sequence of steps. timesteps: [n_steps] float32, the model's input; advance(x, prediction, i) is step i, and
+    estimate(x, prediction, i) the data that the model takes x to have been made of, at the beginning of it."""
 
     name: str
     timesteps: FloatArray
     advance: Callable[[FloatArray, FloatArray, int], FloatArray]
+    estimate: Callable[[FloatArray, FloatArray, int], FloatArray]
 
     @property
     def n_steps(self) -> int:
@@ -40,7 +42,10 @@ def flow_euler(n_steps: int, timestep_scale: float) -> Sampler:
     def advance(x: FloatArray, velocity: FloatArray, i: int) -> FloatArray:
         return x + np.float32(times[i + 1] - times[i]) * velocity
 
-    return Sampler("flow_euler", (times[:-1] * timestep_scale).astype(np.float32), advance)
+    def estimate(x: FloatArray, velocity: FloatArray, i: int) -> FloatArray:
+        return x - np.float32(times[i]) * velocity
+
+    return Sampler("flow_euler", (times[:-1] * timestep_scale).astype(np.float32), advance, estimate)
 
 
 def ddim(n_steps: int, timestep_scale: float) -> Sampler:
@@ -51,13 +56,17 @@ def ddim(n_steps: int, timestep_scale: float) -> Sampler:
     stride = TRAIN_STEPS // n_steps
     times = np.arange(n_steps)[::-1] * stride
 
-    def advance(x: FloatArray, noise: FloatArray, i: int) -> FloatArray:
+    def estimate(x: FloatArray, noise: FloatArray, i: int) -> FloatArray:
         now = kept[times[i]]
-        then = kept[times[i] - stride] if times[i] >= stride else 1.0
-        data = (x - np.float32(np.sqrt(1 - now)) * noise) / np.float32(np.sqrt(now))
-        return np.float32(np.sqrt(then)) * data + np.float32(np.sqrt(1 - then)) * noise
+        signal, rest = np.float32(np.sqrt(now)), np.float32(np.sqrt(1 - now))
+        data: FloatArray = np.divide(x - rest * noise, signal)
+        return data
 
-    return Sampler("ddim", (times * (timestep_scale / TRAIN_STEPS)).astype(np.float32), advance)
+    def advance(x: FloatArray, noise: FloatArray, i: int) -> FloatArray:
+        then = kept[times[i] - stride] if times[i] >= stride else 1.0
+        return np.float32(np.sqrt(then)) * estimate(x, noise, i) + np.float32(np.sqrt(1 - then)) * noise
+
+    return Sampler("ddim", (times * (timestep_scale / TRAIN_STEPS)).astype(np.float32), advance, estimate)
 
 
 SAMPLERS: dict[str, Callable[[int, float], Sampler]] = {"flow_euler": flow_euler, "ddim": ddim}
@@ -72,6 +81,64 @@ def make_sampler(name: str, n_steps: int, timestep_scale: float = 1000.0) -> Sam
     return SAMPLERS[name](n_steps, timestep_scale)
 
 
+@dataclass
+class Trajectory:
+    """A batch of B samples on its way from noise to data; each `step` is one call of the denoiser `run`.
+
+    conditioning: model inputs with the prompt and without it (as `conditioning.encode` gives them). Unless
+    `guidance_scale` is 1 both halves run as one batch of 2 B, prompts first (classifier-free guidance,
+    arXiv 2207.12598). A model that predicts more channels than C (a learned sigma) has them dropped.
+    latents: [B, C, H, W] float32, at first noise. shared: inputs without a batch axis, given once.
+    on_step(i, inputs, outputs) sees every call of `run`.
+    """
+
+    run: Callable[[Arrays], Arrays]
+    conditioning: tuple[Arrays, Arrays]
+    latents: FloatArray
+    sampler: Sampler
+    guidance_scale: float
+    shared: frozenset[str] = frozenset()
+    on_step: Callable[[int, Arrays, Arrays], None] | None = None
+    # The step that comes next, and what the last one took the data to be, as `latents`.
+    index: int = 0
+    estimate: FloatArray | None = None
+    constant: Arrays = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.constant = _stacked(*self.conditioning, self.shared) if self.guided else self.conditioning[0]
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    @property
+    def steps_left(self) -> int:
+        return self.sampler.n_steps - self.index
+
+    def step(self) -> None:
+        """One call of the denoiser, and one step of the sampler. Raises ContractError for what is no prediction."""
+        i, x = self.index, self.latents
+        batch = np.concatenate([x, x]) if self.guided else x
+        times = np.full(len(batch), self.sampler.timesteps[i], np.float32)
+        inputs = {"hidden_states": batch, "timestep": times, **self.constant}
+        outputs = self.run(inputs)
+        if self.on_step is not None:
+            self.on_step(i, inputs, outputs)
+        prediction = _prediction(outputs, batch).astype(np.float32)
+        if self.guided:
+            prompted, plain = np.split(prediction, 2)
+            prediction = plain + np.float32(self.guidance_scale) * (prompted - plain)
+        self.estimate = self.sampler.estimate(x, prediction, i)
+        self.latents, self.index = self.sampler.advance(x, prediction, i), i + 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these samples alone."""
+        prompted, plain = (take_samples(part, rows, self.shared) for part in self.conditioning)
+        self.conditioning, self.latents = (prompted, plain), self.latents[list(rows)]
+        self.estimate = None if self.estimate is None else self.estimate[list(rows)]
+        self.__post_init__()
+
+
 def sample(
     run: Callable[[Arrays], Arrays],
     conditioning: tuple[Arrays, Arrays],
@@ -81,29 +148,12 @@ def sample(
     on_step: Callable[[int, Arrays, Arrays], None] | None = None,
     shared: frozenset[str] = frozenset(),
 ) -> FloatArray:
-    """Denoise `noise` [B, C, H, W] and return the result, float32 of that shape.
-
-    `conditioning`: model inputs with the prompt and without it (as `conditioning.encode` gives them). Unless
-    `guidance_scale` is 1 both halves run as one batch of 2 B, prompts first (classifier-free guidance,
-    arXiv 2207.12598). A model that predicts more channels than C (a learned sigma) has them dropped.
-    `on_step(i, inputs, outputs)` sees every call of `run`. `shared`: inputs without a batch axis, given once.
-    """
-    x = np.asarray(noise, np.float32)
-    guided = guidance_scale != 1.0
-    constant = _stacked(*conditioning, shared) if guided else conditioning[0]
-    for i, timestep in enumerate(sampler.timesteps):
-        batch = np.concatenate([x, x]) if guided else x
-        times = np.full(len(batch), timestep, np.float32)
-        inputs = {"hidden_states": batch, "timestep": times, **constant}
-        outputs = run(inputs)
-        if on_step is not None:
-            on_step(i, inputs, outputs)
-        prediction = _prediction(outputs, batch).astype(np.float32)
-        if guided:
-            prompted, plain = np.split(prediction, 2)
-            prediction = plain + np.float32(guidance_scale) * (prompted - plain)
-        x = sampler.advance(x, prediction, i)
-    return x
+    """Denoise `noise` [B, C, H, W] to the end of a `Trajectory` and return the result, float32 of that shape."""
+    start = np.asarray(noise, np.float32)
+    trajectory = Trajectory(run, conditioning, start, sampler, guidance_scale, shared, on_step)
+    while trajectory.steps_left:
+        trajectory.step()
+    return trajectory.latents
 
 
 def _prediction(outputs: Arrays, batch: NDArray[np.float32]) -> NDArray[np.floating]:

@@ -40,6 +40,10 @@ HEAVY = (
     "matplotlib",
     "onnxscript",
     "pydantic",
+    "fastapi",
+    "prometheus_client",
+    "starlette",
+    "uvicorn",
 )
 
 
@@ -92,6 +96,7 @@ def test_doctor_names_a_remedy_for_each_missing_thing() -> None:
 @pytest.mark.process
 def test_no_heavy_import_before_work() -> None:
     verbs = "pipeline.build, pipeline.bundle.bundle, pipeline.inspect, pipeline.list, pipeline.doctor, pipeline.verify"
+    verbs += ", pipeline.serve.__main__, ditc"
     code = f"import sys, {verbs}; sys.exit(', '.join(name for name in {HEAVY!r} if name in sys.modules) or None)"
     done = python(code)
     assert done.returncode == 0, f"imported: {done.stderr}"

@@ -383,7 +383,7 @@ CALLS: dict[str, Call] = {
     "bundle whose name is too long": (nothing, ("inspect", "e" * 5000), 2, ""),
     "links in a circle": (lambda folder: (folder / "loop").symlink_to("loop"), ("inspect", "loop"), 2, "loop"),
     # slips of the finger
-    "a billion pictures": (nothing, (*DRAW, "--num-images", "1000000000"), 2, "at most 4096 pictures"),
+    "a billion pictures": (nothing, (*DRAW, "--num-images", "1000000000"), 2, "from 1 to 4096"),
     "a scale of a million": (nothing, (*DRAW, "--scale", "1000000"), 2, "is too large"),
     "guidance that is no number": (nothing, (*DRAW, "--guidance-scale", "nan"), 2, "is not a number"),
     "prompt that is no text": (nothing, ("generate", "e", "--prompt", "\udcff", "-o", "out.png"), 2, "is not text"),

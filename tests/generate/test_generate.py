@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,8 @@ from PIL import Image
 import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
-from pipeline.generate.__main__ import arrange, default_scale, main
-from pipeline.generate.draw import DrawRequest, draw, makes_pixels, picture_shape, to_pixels
+from pipeline.generate.__main__ import arrange, default_scale, draw, main
+from pipeline.generate.draw import DrawRequest, makes_pixels, picture_shape, to_pixels
 from tests.support.bundles import stand_in
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}
@@ -93,10 +94,31 @@ def test_the_engine_s_size_is_drawn(tmp_path):
     assert picture_shape(make_bundle(tmp_path, height=16, width=24)) == (1, 16, 24)
 
 
-@pytest.mark.parametrize("field", ["num_images", "seed", "n_steps"])
-def test_negative_numbers_are_refused(field):
-    with pytest.raises(RecipeError, match="must be at least 1"):
-        DrawRequest(("1",), **{field: -1})
+WRONG = [
+    ({"num_images": 0}, "number of pictures of a prompt 0; it must be a whole number from 1 to 4096"),
+    ({"num_images": 2.0}, "number of pictures of a prompt 2.0; it must be a whole number"),
+    ({"prompts": ("1",) * 2049, "num_images": 2}, "2049 x 2 pictures in one request; ask for at most 4096"),
+    ({"seed": -1}, "seed -1; it must be a whole number from 0"),
+    ({"seed": 2**63}, f"seed {2**63}; it must be a whole number"),
+    ({"seed": True}, "seed True; it must be a whole number"),
+    ({"n_steps": 0}, "number of denoising steps 0; it must be a whole number from 1 to 10000"),
+    ({"n_steps": 10**5}, "number of denoising steps 100000; it must be"),
+    ({"n_steps": "9"}, "number of denoising steps '9'; it must be"),
+    ({"guidance_scale": float("nan")}, "guidance scale nan is not a number"),
+    ({"guidance_scale": float("inf")}, "guidance scale inf is not a number"),
+    ({"guidance_scale": "2"}, "guidance scale '2' is not a number"),
+    ({"guidance_scale": 1.0, "negative_prompts": ("2",)}, "no effect at a guidance scale of 1"),
+    ({"negative_prompts": ("2", "3")}, "2 negative prompts for 1 prompts; give one, or one for each"),
+    ({"prompts": (b"1",)}, "prompt b'1' is no text"),
+    ({"prompts": ("\udcff",)}, "is not text in the terminal's encoding"),
+    ({"negative_prompts": ("\udcff",)}, "is not text in the terminal's encoding"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), WRONG)
+def test_what_no_engine_can_draw_is_refused(fields, words):
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        DrawRequest(**({"prompts": ("1",)} | fields))
 
 
 def test_bytes_are_rounded_and_bounded():

@@ -1,0 +1,127 @@
+"""`python -m pipeline.serve BUNDLE`: an engine behind the OpenAI images API and a web page.
+
+The first SIGTERM or SIGINT has the server finish what it has taken, and end with 0; a second one ends it at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.errors import RecipeError
+from pipeline import machine
+from pipeline.command import Answer, Parser, add_threads, parser, run
+from pipeline.generate.draw import BATCH_SIZE
+from pipeline.signals import leave
+
+if TYPE_CHECKING:
+    from pipeline.serve.service import Limits
+
+logger = logging.getLogger(__name__)
+
+# What the extra `serve` installs.
+SERVER = ("fastapi", "prometheus_client", "uvicorn")
+KEY_VARIABLE = "DITC_API_KEY"
+MOST_QUEUE, MOST_TIMEOUT_S = 1000, 86_400.0
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def make_parser() -> Parser:
+    """All flags of `serve`."""
+    flags = parser("serve", "Serve pictures of an engine: the OpenAI images API, a web page, health and metrics.")
+    flags.add_argument("bundle", type=Path, help="engine folder written by build, of a model of pixels")
+    flags.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: at all of this machine's")
+    flags.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    text = f"what /v1 asks for as a bearer token (default: that of {KEY_VARIABLE}, which other users cannot see; none)"
+    flags.add_argument("--api-key", metavar="KEY", help=text)
+    flags.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait; more get a 429")
+    text = f"pictures drawn at a time, 1 to {BATCH_SIZE}: of requests of equal steps and guidance"
+    flags.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=text)
+    text = "of a request, from its arrival to its last picture; then it gets a 504"
+    flags.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help=text)
+    flags.add_argument("--target", default="auto", help="as of generate")
+    add_threads(flags)
+    return flags
+
+
+def make_limits(args: argparse.Namespace) -> Limits:
+    """As the flags say. Raises RecipeError for numbers that are no limits."""
+    from pipeline.serve.service import Limits
+
+    if not 1 <= args.queue <= MOST_QUEUE:
+        raise RecipeError(f"--queue {args.queue}; use 1 to {MOST_QUEUE}")
+    if not 1 <= args.batch_size <= BATCH_SIZE:
+        raise RecipeError(
+            f"--batch-size {args.batch_size}; use 1 to {BATCH_SIZE}, the largest that engines are built for"
+        )
+    if not 0 < args.timeout <= MOST_TIMEOUT_S:
+        raise RecipeError(f"--timeout {args.timeout:g}; use seconds, up to {MOST_TIMEOUT_S:g}")
+    return Limits(args.queue, args.batch_size, args.timeout)
+
+
+def find_key(args: argparse.Namespace) -> str | None:
+    """The key that /v1 asks for, None for none. Raises RecipeError for one that no client can send."""
+    key: str | None = os.environ.get(KEY_VARIABLE) if args.api_key is None else args.api_key
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise RecipeError("the API key is empty, or has characters that a header may not have; use letters and digits")
+    return key
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises RecipeError where that cannot be."""
+    if not 0 <= port <= 65535:
+        raise RecipeError(f"--port {port}; use 1 to 65535, or 0 for any that is free")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=512)
+    except (OSError, UnicodeError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]
+        raise RecipeError(f"--host {host} --port {port} cannot be listened at ({reason}); choose another") from error
+
+
+def address_of(listener: socket.socket) -> str:
+    """What a browser is told."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def work(args: argparse.Namespace, answer: Answer) -> int:
+    """Serve until a signal comes."""
+    machine.require(SERVER, "serving", "serve")
+    limits, key = make_limits(args), find_key(args)
+    from pipeline.serve.app import make_app
+    from pipeline.serve.server import serve
+    from pipeline.serve.service import Service
+    from pipeline.text_to_image import Pipeline
+
+    with listening(args.host, args.port) as listener, Pipeline.load(args.bundle, args.target, args.threads) as pipeline:
+        if args.host not in LOCAL and key is None:
+            logger.warning("%s can be reached from other machines, without an API key: see --api-key", args.host)
+        service = Service(pipeline, limits)
+        service.start()
+        serve(service, make_app(service, key), listener, _tell(answer, pipeline.name, address_of(listener)))
+    return 0
+
+
+def _tell(answer: Answer, name: str, address: str) -> Callable[[], None]:
+    """Says where the server is."""
+
+    def ready() -> None:
+        answer.line(f"{name} is served at {address}")
+        answer.event(event="ready", address=address, model=name)
+
+    return ready
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(make_parser(), work, argv)
+
+
+if __name__ == "__main__":
+    leave(main)
