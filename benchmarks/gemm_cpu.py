@@ -67,6 +67,7 @@ KERNELS = (
     Kernel("INT4", "INT8"),
     Kernel("E2M1", "E3M4"),
     Kernel("INT4", "INT8", 128),
+    Kernel("E2M3", "E2M3"),
     Kernel("INT8", "E2M3"),
     Kernel("INT8", "INT8"),
 )

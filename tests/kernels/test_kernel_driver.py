@@ -179,7 +179,7 @@ def test_attention_is_within_its_bound(machine, shape, axes):
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 7, 5, 72), (1, 1, 30, 1100, 33), (2, 1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("formats", [("INT8", "INT8"), ("E2M3", "INT6")], ids=str)
+@pytest.mark.parametrize("formats", [("INT8", "INT8"), ("E2M3", "INT6"), ("INT8", "E2M3")], ids=str)
 def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
     command, variants = machine
     given = operands_of_attention(*shape, mask="penalty")
