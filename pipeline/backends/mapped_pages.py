@@ -23,7 +23,13 @@ class MappedPages:
     ranges: frozenset[tuple[int, int]] = frozenset()
 
     def __sub__(self, other: MappedPages) -> MappedPages:
-        return MappedPages(self.ranges - other.ranges)
+        """What of them is not in `other`. By address: the system lists neighbours of one file as one range."""
+        left = set(self.ranges)
+        for first, end in other.ranges:
+            for begin, stop in [row for row in left if row[0] < end and first < row[1]]:
+                left.remove((begin, stop))
+                left.update(row for row in ((begin, first), (end, stop)) if row[0] < row[1])
+        return MappedPages(frozenset(left))
 
     def part(self, size_bytes: int) -> MappedPages:
         """As few of them, by address, as have so many bytes; all of them where they have less."""

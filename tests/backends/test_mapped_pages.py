@@ -47,3 +47,10 @@ def test_a_part_is_as_large_as_it_must_be():
     assert pages.size_bytes() == 25
     for size_bytes, count in ((0, 0), (1, 1), (10, 1), (11, 2), (21, 3), (99, 3)):
         assert pages.part(size_bytes).ranges == frozenset(sorted(pages.ranges)[:count])
+
+
+def test_what_is_taken_away_is_taken_by_address():
+    pages = MappedPages(frozenset({(0, 10), (20, 30)}))
+    other = MappedPages(frozenset({(4, 6), (8, 22), (30, 40)}))
+    assert (pages - other).ranges == {(0, 4), (6, 8), (22, 30)}
+    assert (other - pages).ranges == {(10, 20), (30, 40)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
@@ -11,7 +12,7 @@ from typing_extensions import TypedDict
 from export.errors import ContractError
 from pipeline.backends import metadata_file
 from pipeline.backends.base import CONDITION, DATA, MODEL, TIMESTEP
-from pipeline.backends.mapped_pages import mapped_pages
+from pipeline.backends.mapped_pages import MappedPages, mapped_pages
 from pipeline.backends.sessions import Part, SessionEngine, Sessions, opened, session_options
 from pipeline.passes.probes import WIDE_SUM
 from plugins.cpu import library
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Instruction sets whose byte products are summed in 32 bits; without one of them x86 sums pairs in saturating int16.
 WIDE_SUM_SETS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+# One session of this process is opened at a time: what of a file is mapped beside what was before is then its own.
+OPENING = threading.RLock()
 
 
 class CpuMetadata(TypedDict):
@@ -70,16 +73,13 @@ def required(folder: Path) -> frozenset[str]:
 
 def open_sessions(folder: Path, threads: int = 0, profile: Path | None = None) -> Sessions:
     """Those of an engine's folder; threads, profile (of the step) as in `open_session`."""
-    with_library, data = library.requirement() in required(folder), folder / DATA
-    step = open_session(folder / MODEL, threads, with_library, profile)
-    of_step = mapped_pages(data)
+    with_library = library.requirement() in required(folder)
+    step, of_step = open_with_pages(folder / MODEL, threads, with_library, profile)
 
     def part(name: str) -> Part | None:
         if not (folder / name).is_file():
             return None
-        before = mapped_pages(data)
-        session = open_session(folder / name, threads, with_library)
-        pages = mapped_pages(data) - before
+        session, pages = open_with_pages(folder / name, threads, with_library)
         return Part(session, pages, of_step.part(pages.size_bytes()))
 
     sessions = Sessions(step, condition=part(CONDITION), timestep=part(TIMESTEP))
@@ -89,6 +89,18 @@ def open_sessions(folder: Path, threads: int = 0, profile: Path | None = None) -
             read = ", ".join(names) or "nothing"
             raise ContractError(f"{folder / TIMESTEP}: it reads {read} instead of the timestep; build the engine again")
     return sessions
+
+
+def open_with_pages(
+    path: Path, threads: int, with_library: bool, profile: Path | None = None
+) -> tuple[InferenceSession, MappedPages]:
+    """As `open_session`, and the pages of the weights that this session has mapped. Those of others, of an engine of
+    the same file, too, may become another's memory at any time, and must never be given back."""
+    data = path.with_name(DATA)
+    with OPENING:
+        before = mapped_pages(data)
+        session = open_session(path, threads, with_library, profile)
+        return session, mapped_pages(data) - before
 
 
 def open_session(
@@ -110,4 +122,5 @@ def open_session(
         library.register(options)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return opened(path, options)
+    with OPENING:
+        return opened(path, options)

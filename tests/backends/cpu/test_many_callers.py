@@ -245,7 +245,17 @@ def test_weights_of_the_condition_leave_memory_and_come_again(tmp_path: Path) ->
     engine.sessions = sessions
     engine.forget()
     assert np.array_equal(engine.run(call(0))["y"], first)
+    # Another engine of the same file has pages of its own: these may belong to anybody once this one is closed.
+    other = CpuEngine(tmp_path / "cpu", threads=1)
+    assert other.sessions is not None and other.sessions.condition is not None
+    own, of_other = (
+        row.condition.pages.ranges | row.condition.room.ranges
+        for row in (sessions, other.sessions)
+        if row.condition is not None
+    )
+    assert of_other and own.isdisjoint(of_other)
     engine.close()
+    other.close()
 
 
 def resident_kib(pages: MappedPages) -> int:
