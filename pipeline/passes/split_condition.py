@@ -20,7 +20,6 @@ PRODUCTS = frozenset(
 )
 # Products whose rows are the same bits whatever rows stand beside them.
 ROW_BY_ROW = frozenset({"HalfGemm", "PackedGemm"})
-FINISHES = "TokenChain"  # behind a PackedGemm
 
 
 @dataclass(frozen=True)
@@ -93,19 +92,13 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _up_to_products(graph: ir.Graph, nodes: set[ir.Node]) -> set[ir.Node]:
-    """Those of `nodes` that are matrix products, turn integer sums of one into its result, or lead to these."""
+    """Those of `nodes` that are matrix products, or lead to one."""
     leading: set[ir.Node] = set()
     for node in reversed(graph):
         followers = {use.node for value in node.outputs for use in value.uses()}
-        makers = {value.producer() for value in node.inputs if value is not None}
-        ends = node.op_type in PRODUCTS or (node.op_type == FINISHES and any(map(_is_product, makers & nodes)))
-        if node in nodes and (ends or followers & leading):
+        if node in nodes and (node.op_type in PRODUCTS or followers & leading):
             leading.add(node)
     return leading
-
-
-def _is_product(node: ir.Node | None) -> bool:
-    return node is not None and node.op_type in PRODUCTS
 
 
 def _cut(first: ir.Model, rest: ir.Model, boundary: tuple[str, ...]) -> None:

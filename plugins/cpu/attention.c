@@ -7,7 +7,6 @@
 #include "exponential.h"
 #include "variants.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #else

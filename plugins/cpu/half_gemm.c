@@ -8,7 +8,6 @@
 
 #include "variants.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #else

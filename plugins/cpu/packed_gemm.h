@@ -1,5 +1,5 @@
-/* A GEMM of bytes: 4-bit weights stay packed, a panel of 16 channels is decoded at a time, for all rows; weights of
- * bytes are read where they are. */
+/* A GEMM of bytes: 4-bit weights stay packed, a panel of 16 channels is decoded at a time, for a block of rows; weights
+ * of bytes are read where they are. */
 #ifndef FPQ_PACKED_GEMM_H
 #define FPQ_PACKED_GEMM_H
 
@@ -16,7 +16,8 @@ enum {
 
 /* product[m, n] = sum over s of float(sum over the k of s of a[m, k] * w[n, k]) * scale[s, n] * group_scale[m, s], with
  * `sums` stretches s of k / sums input channels each; the inner sum in 32 bits and exact, the rest in float32 from left
- * to right, in the order of s. A scale may span several stretches. What follows is done to a tile while it is in the cache. With
+ * to right, in the order of s. A scale may span several stretches. What follows is done to a tile while it is in the
+ * cache. With
  *   a = codes - zero; with low_codes limb_weight * (codes - zero) + (low_codes - zero)     uint8 [rows, k]
  *   w = table[code of (n, k)] * multiplier of (n, k / group), or without a table the byte of (n, k)
  *
@@ -28,7 +29,8 @@ enum {
  * Exact on every instruction set: |w| <= 127, so that decoded weights are bytes, and |sum| < 2^31. Where products of
  * bytes are added in pairs in saturating 16 bits (x86 without dot products), the factors are table's own integers, or
  * bytes of at most largest_weight: a run of `run` pairs stays below 2^15, since 2 * run * largest_code * largest_weight
- * does, and the multiplier comes after it, in 32 bits. Where not even one pair does, factors are widened to 16 bits and
+ * does, and the multiplier comes after it, in 32 bits. A block whose own weights are small enough is added in runs of
+ * twice as many pairs (packed_gemm_avx2.c derives the bound). Where not even one pair does, factors are widened to 16 bits and
  * their products added in 32. Sums that leave 32 bits on the way come back, as integers modulo 2^32 do.
  */
 typedef struct PackedGemm {

@@ -358,8 +358,13 @@ TARGET_AVX2 static void stretches(const Block *block, const uint8_t *a, int64_t 
 
 static void add_avx2(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   int run = block->run;
-  (block->heavy ? stretches : run == 16 ? runs_of_16 : run == 8 ? runs_of_8 : run == 4 ? runs_of_4 : run == 2 ? runs_of_2 : run ? runs_of_1 : no_runs)(
-      block, a, stride, rows, sums);
+  (block->heavy ? stretches
+   : run == 16  ? runs_of_16
+   : run == 8   ? runs_of_8
+   : run == 4   ? runs_of_4
+   : run == 2   ? runs_of_2
+   : run        ? runs_of_1
+                : no_runs)(block, a, stride, rows, sums);
 }
 
 const Variant PACKED_GEMM_AVX2 = {"avx2", 1, decode_avx2, add_avx2, longer_run, mark_heavy};

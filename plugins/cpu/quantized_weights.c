@@ -55,7 +55,6 @@ VARIANTS int32_t weights_of(const float *scores, float largest, uint8_t *weights
 #include <immintrin.h>
 
 #define TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline))
 
 TARGET_AVX2 static float largest_score_avx2(const float *scores, int64_t n) {
   __m256 largest[4], unordered = _mm256_setzero_ps();
