@@ -200,8 +200,8 @@ class Server:
         return seconds
 
     def _next_step(self) -> Arrays:
-        """The inputs at a timestep that no call had before, though it differs by units in the last place: each step of a
-        picture has its own, and engines keep what they computed for one."""
+        """The inputs at a timestep that no call had before, though it differs by units in the last place: each step of
+        a picture has its own, and engines keep what they computed for one."""
         self.timed_calls += 1
         timestep = self.inputs.get("timestep")
         if timestep is None:
