@@ -231,6 +231,7 @@ class SessionEngine:
         condition = {value.name: call[value.name] for value in session.get_inputs()}
         kept = KeptCondition(condition, run_to_keep(session, condition))
         self.kept = (kept, *self.kept[: KEPT - 1])
+        self._keep_nothing_once_closed()
         return kept
 
     def _of_timestep(self, part: Part, call: Arrays) -> Arrays:
@@ -245,7 +246,13 @@ class SessionEngine:
                 rows = run_session(session, outputs, {name: np.array(list(new.values()))})
             kept = kept | {key: {output: rows[output][i] for output in outputs} for i, key in enumerate(new)}
             self.kept_timesteps = dict(list(kept.items())[-KEPT_TIMESTEPS:])
+            self._keep_nothing_once_closed()
         return {output: np.stack([kept[time.tobytes()][output] for time in call[name]]) for output in outputs}
+
+    def _keep_nothing_once_closed(self) -> None:
+        """For a call that the engine was closed under: `close` may have forgotten before it kept its own results."""
+        if self.sessions is None:
+            self.forget()
 
     def forget(self) -> None:
         """Drop what is kept of conditions and timesteps: the next call computes its own again."""

@@ -246,7 +246,7 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
   if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
   const int run = variant->adds_pairs ? run_of(gemm) : 0;
   int64_t most = variant->adds_pairs && !run ? K_BLOCK / 2 : K_BLOCK; /* weights of 16 bits are as many bytes */
-  int spread = 0; /* the run that the factors are for */
+  int64_t spread = 0; /* factors that are there: where there are no multipliers all are 1, for runs of any length */
   for (int64_t s = 0, end = 0; s < gemm->sums; s++) {
     int64_t start = end;
     end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
@@ -257,7 +257,8 @@ void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int
       block.run = run;
       block.w = variant->decode(&block, &scratch);
       if (run && variant->longer_run) block.run = variant->longer_run(&block);
-      if (block.multipliers ? run : block.run != spread) spread_factors(&block, scratch.factors), spread = block.run;
+      int64_t runs = block.run ? block.k / (block.run * QUAD) : 0;
+      if (block.multipliers ? run : runs > spread) spread_factors(&block, scratch.factors), spread = runs;
       for (int limb = 0; limb < limbs; limb++)
         variant->add(&block, codes[limb] + block.k0, k, rows, scratch.sums[limb]);
     }

@@ -67,6 +67,16 @@ def test_what_depends_on_the_timestep_is_computed_once_for_each():
     assert engine.times[3:] == [[7]]
 
 
+def test_a_call_that_the_engine_is_closed_under_leaves_nothing():
+    engine = Engine()
+    assert engine.sessions is not None and engine.sessions.timestep is not None
+    hooked = engine.sessions.timestep.session
+    own = hooked.run
+    hooked.run = lambda names, fed: (engine.close(), own(names, fed))[1]
+    np.testing.assert_allclose(engine.run(call(7))["y"], np.sin(np.full((1, 2), 7, np.float32)), rtol=1e-6)
+    assert not engine.kept_timesteps
+
+
 def test_timesteps_are_told_apart_by_their_bits():
     engine = Engine()
     results = engine.run(call(np.nan, 0.0, -0.0, np.nan))["y"][:, 0]

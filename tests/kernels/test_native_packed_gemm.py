@@ -232,3 +232,15 @@ def test_runs_that_are_longer_by_the_weights_end_at_16_bits(variant, weight, act
     codes[0][1:9] = largest
     result = native.run(product_model(gemm, operand), feeds_of(codes, None))[0]
     np.testing.assert_array_equal(result, expected(gemm, operand, codes, None))
+
+
+def test_blocks_of_a_group_with_runs_of_their_own(variant):
+    """Of AVX2: long runs in the first block, whose weights are small; short ones in the rest, whose are the largest."""
+    gemm, m = linear("E2M1", "E2M3", "group", 1280, 0, 17, 2560), 37
+    operand, codes, _ = operands(gemm, m)
+    small, large = (int(np.flatnonzero(gemm.weight.integers == i)[0]) for i in (1, gemm.weight.kmax))
+    row = np.where(np.arange(2560) < 1152, small, large).astype(np.uint8)
+    packed = pack(np.tile(row, (17, 1)), gemm.weight.bits)
+    gemm = replace(gemm, stored=replace(gemm.stored, codes=ir.Tensor(packed, name="codes")))
+    result = native.run(product_model(gemm, operand), feeds_of(codes, None))[0]
+    np.testing.assert_array_equal(result, expected(gemm, operand, codes, None))

@@ -165,6 +165,7 @@ def test_closing_while_a_call_runs(engine: CpuEngine, place: str) -> None:
     assert sessions is not None
     engine.sessions = hooked(sessions, **{place: once(lambda: Worker(engine.close).result())})
     assert np.array_equal(engine.run(call(0))["y"], expected)
+    assert not engine.kept
     with pytest.raises(RecipeError, match="the engine is closed; load it again"):
         engine.run(call(0))
     engine.close()  # twice does no harm
