@@ -201,7 +201,10 @@ def _bind(graph: ir.Model, values: Mapping[str, torch.Tensor], narrow: bool) -> 
         if _only_read_transposed(value):
             tensor = tensor.T
             _drop_transposes(graph.graph, value)
-        if narrow and tensor.numel() >= NARROW_ELEMENTS and (tensor.half().float() == tensor).all():
+        if not tensor.is_floating_point():  # a table of places
+            value.const_value = ir.tensor(tensor.numpy(), name=value.name)
+            graph.graph.register_initializer(value)
+        elif narrow and tensor.numel() >= NARROW_ELEMENTS and (tensor.half().float() == tensor).all():
             _bind_narrow(graph.graph, value, tensor)
         else:
             value.const_value = _stored(value, tensor, ir.DataType.FLOAT)

@@ -22,7 +22,7 @@ from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_inter
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
 from pipeline.files import MANIFEST_FILE, publish, refuse_unwritable, remove, sha256_json, write_json
-from pipeline.generate.case import make_case
+from pipeline.generate.case import Case, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.generate.sampling import make_sampler
 from pipeline.recipe import Recipe, load_float_model, to_toml
@@ -107,7 +107,8 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
     make_plans(model.linears(), recipe)  # refuses groups that do not fit
     refuse_no_attention(model, recipe)
     case = make_case(model, recipe)
-    make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json that cannot be drawn by
+    if isinstance(case, Case):
+        make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json not to be drawn by
     if request.checkpoint:
         refuse_unfit(model, recipe, request.checkpoint)
     refuse_interrupted(request.work_path, request.resume, request.force)

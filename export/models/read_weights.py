@@ -42,7 +42,7 @@ POSITIONS = r"pos_embed(\.pos_embed)?"
 # sin and cos of an angle of at most 256 in float32; rounding to the file's type comes on top.
 ANGLE_ERROR = 256 * ROUNDING
 # The block that a tensor belongs to, after the name of its list of blocks.
-BLOCK = r"(.*?blocks\.)\d+\."
+BLOCK = r"(.*?blocks?\.)\d+\."
 # Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
 ATTENTION_BIAS = r".*\.(attn\d?|cross_attn)\..*\.bias"
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.

@@ -22,7 +22,7 @@ from export.errors import ContractError
 from export.formats.attention import WEIGHT_MAX, AttentionFormats
 from export.formats.format import Format, get_format
 from export.models.attention_calls import attention_calls
-from export.models.torch_modules import Denoiser
+from export.models.torch_modules import Denoiser, stated_config
 from export.router import Router
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
@@ -293,6 +293,7 @@ class ReferenceEngine:
         self.module, self.dtype = module, dtype
         self.lock = threading.Lock()
         self.declared = declared_inputs(module)
+        self.output = module.family.output if isinstance(module, Denoiser) else "sample"
 
     def run(self, inputs: Arrays) -> Arrays:
         """Float inputs are converted to the engine's type; the output has that type. Raises RecipeError for inputs that
@@ -302,7 +303,7 @@ class ReferenceEngine:
             feeds.check_feeds(self.declared, inputs, cast=True, bounded=False)
         tensors = {name: self._tensor(value) for name, value in inputs.items()}
         with self.lock, torch.inference_mode():
-            return {"sample": self.module(**tensors).numpy()}
+            return {self.output: self.module(**tensors).numpy()}
 
     def _tensor(self, value: NDArray[np.generic]) -> torch.Tensor:
         """A copy, so that the caller may overwrite what it passed."""
@@ -318,5 +319,5 @@ def declared_inputs(module: nn.Module) -> tuple[feeds.Declared, ...]:
     config = getattr(module.transformer, "config", None) if isinstance(module, Denoiser) else None
     if config is None:
         return ()
-    rows = {row.name: row for row in module.family.inputs(dict(config))}
+    rows = {row.name: row for row in module.family.inputs(stated_config(module.transformer))}
     return tuple(feeds.Declared(name, rows[name].dtype, rows[name].shape) for name in module.names)

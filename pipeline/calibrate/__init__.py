@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
+from export.errors import RecipeError
 from pipeline import machine
 from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.method import Context, Method, Unit
@@ -32,7 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
-    """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is."""
+    """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is.
+
+    Of a text encoder, which has no steps and no guidance, it asks for none. Raises RecipeError for a method that looks
+    at steps.
+    """
+    if not model.family.steps:
+        recipe = replace(recipe, sampling=replace(recipe.sampling, n_steps=1, guidance_scale=1.0))
+        if recipe.calibrate.method in METHODS and METHODS[recipe.calibrate.method].steps:
+            fitting = ", ".join(name for name, row in METHODS.items() if not row.steps)
+            raise RecipeError(
+                f"calibrate.method {recipe.calibrate.method} looks at the steps of a sampler, and {model.source} is a "
+                f"text encoder, which has none; use one of {fitting}"
+            )
     chosen = settled(recipe, model.parameters)
     if chosen is not recipe:
         words = "calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another"

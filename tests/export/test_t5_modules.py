@@ -1,0 +1,101 @@
+"""The T5 encoder that is exported computes what transformers' own does, at every length and under every mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from export.errors import ModelError, RecipeError
+from export.models.load import LoadedModel, denoiser, load, sample_inputs
+from export.models.t5_modules import RelativeAttention
+from tests.support.tiny_text import change_config, t5, t5_folder
+
+pytestmark = [pytest.mark.torch, pytest.mark.fast]
+LONG = 300  # beyond relative_attention_max_distance
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return t5_folder(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LoadedModel:
+    return load(str(folder))
+
+
+def encoded(model: LoadedModel, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    with torch.no_grad():
+        output: NDArray[np.float32] = denoiser(model)(**{k: torch.from_numpy(v) for k, v in inputs.items()}).numpy()
+    return output
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 120, LONG])
+@pytest.mark.parametrize("projection", ["gated-gelu", "relu"])
+def test_it_is_transformers_own(tmp_path: Path, tokens: int, projection: str) -> None:
+    model = load(str(t5_folder(tmp_path, feed_forward_proj=projection)))
+    inputs = sample_inputs(model, 3, 0, tokens=tokens)
+    with torch.no_grad():
+        own = t5(feed_forward_proj=projection)(**{k: torch.from_numpy(v) for k, v in inputs.items()}).last_hidden_state
+    counted = inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(encoded(model, inputs)[counted], own.numpy()[counted], atol=1e-5)
+
+
+def test_the_position_bias_is_a_table_by_distance(model: LoadedModel) -> None:
+    attention = model.module.get_submodule("encoder.block.0.layer.0.SelfAttention")
+    assert isinstance(attention, RelativeAttention)
+    bias, own = (part.encoder.block[0].layer[0].SelfAttention for part in (model.module, t5()))
+    expected = own.compute_bias(LONG, LONG)
+    assert torch.equal(bias.position_bias(LONG, torch.device("cpu")), expected)
+    assert not torch.equal(expected[..., 0, 1], expected[..., 1, 0])
+
+
+def test_padding_is_read_by_no_token(model: LoadedModel) -> None:
+    inputs = sample_inputs(model, 4, 0, tokens=20)
+    inputs["attention_mask"] = (np.arange(20) < np.array([[8], [20], [1], [12]])).astype(np.int64)
+    counted = inputs["attention_mask"].astype(bool)
+    other = {**inputs, "input_ids": np.where(counted, inputs["input_ids"], 5)}
+    np.testing.assert_array_equal(encoded(model, inputs)[counted], encoded(model, other)[counted])
+    first = {name: value[:1, :8] for name, value in inputs.items()}  # the same prompt without any padding
+    np.testing.assert_allclose(encoded(model, inputs)[:1, :8], encoded(model, first), atol=1e-5)
+
+
+def test_its_inputs_are_ids_and_their_mask(model: LoadedModel) -> None:
+    assert [(row.name, row.dtype) for row in model.inputs] == [("input_ids", "int64"), ("attention_mask", "int64")]
+    assert {ref.kind for ref in model.linears()} == {"attn.qkv", "attn.out", "ff.in", "ff.out"}
+    assert [path for path, _ in model.kept()] == [
+        "shared", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match="is a text encoder and makes no picture"):
+        model.cells(512, 512)
+
+
+def test_shards_are_read(tmp_path: Path, model: LoadedModel) -> None:
+    sharded = load(str(t5_folder(tmp_path, shard_size="50KB")))
+    assert len(sharded.files.names) > 1
+    inputs = sample_inputs(model, 2, 0)
+    np.testing.assert_array_equal(encoded(sharded, inputs), encoded(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration of transformers is not a text"),
+        ({"architectures": None}, "no one name in architectures"),
+        ({"is_decoder": True}, "is_decoder is True; T5EncoderModel is compiled with False alone"),
+        ({"num_experts": 8}, "does not know 'num_experts': 8"),
+        ({"dense_act_fn": "mish"}, "feed_forward_proj asks for mish"),
+        ({"relative_attention_max_distance": 8}, "the distance must reach beyond them"),
+        ({"d_ff": 256}, "config.json and the weights must belong together"),
+        ({"num_layers": 1}, "layer beyond config.json's num_layers of 1"),
+    ],
+)
+def test_what_is_not_understood_is_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    folder = t5_folder(tmp_path)
+    change_config(folder, **changes)
+    with pytest.raises(ModelError, match=words):
+        load(str(folder))
