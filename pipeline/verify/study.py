@@ -23,7 +23,7 @@ from pipeline import machine
 from pipeline.backends.base import Arithmetic, Arrays, only
 from pipeline.backends.side_by_side import side_by_side
 from pipeline.distance import Array, sqnr_db
-from pipeline.generate.case import AnyCase, Run, is_large, make_case
+from pipeline.generate.case import AnyCase, Case, Run, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import Setting
@@ -167,7 +167,7 @@ class Study:
 
     def _sample_errors(self, step: int, exact: Array, output: Array) -> list[SampleError]:
         batch = len(exact)
-        guided = batch == 2 * len(self.case.prompts)
+        guided = isinstance(self.case, Case) and batch == 2 * len(self.case.noise)
         settings = ((Setting.PROMPTED,) * (batch // 2) + (Setting.UNPROMPTED,) * (batch // 2)) if guided else None
         text = f"step {step + 1}"
         return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
@@ -192,7 +192,7 @@ def study(
 
     def engine(module: torch.nn.Module, dtype: torch.dtype) -> ReferenceEngine:
         set_resolution(module, *reference.case.cells)
-        return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
+        return ReferenceEngine(module, dtype)
 
     attention = recipe.attention.formats
     reference = Study(make_case(model, recipe), model.family.counted)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from export import to_onnx
 from export.errors import ModelError, RecipeError
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.t5_modules import RelativeAttention
+from tests.support import tiny
 from tests.support.tiny_text import change_config, t5, t5_folder
 
 pytestmark = [pytest.mark.torch, pytest.mark.fast]
@@ -99,3 +103,22 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, changes: dict[str, ob
     change_config(folder, **changes)
     with pytest.raises(ModelError, match=words):
         load(str(folder))
+
+
+def test_a_large_table_is_widened_row_by_row(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = sample_inputs(model, 2, 0)
+    outputs = []
+    for name, least in (("whole", 2**24), ("rows", 128 * 64)):
+        monkeypatch.setattr(to_onnx, "TABLE_ELEMENTS", least)
+        path = tmp_path / name / "model.onnx"
+        path.parent.mkdir()
+        to_onnx.export_float(model, path)
+        to_onnx.export_portable(model, tiny.quantized(model), path)
+        session = onnxruntime.InferenceSession(path)
+        outputs += session.run(["last_hidden_state"], inputs)
+        stored = onnx.load(path, load_external_data=False).graph
+        table = next(node for node in stored.node if "shared.weight" in node.input)
+        assert table.op_type == {"whole": "Cast", "rows": "Gather"}[name]
+    np.testing.assert_array_equal(*outputs)
