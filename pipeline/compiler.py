@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,8 @@ class BuildRequest:
     """One build: a resolved recipe, the targets, the destination folder, and what to do with what stands there.
 
     targets: the portable model is always among them. checkpoint: a folder of `python -m pipeline.calibrate` whose
-    layers are taken instead of calibrating.
+    layers are taken instead of calibrating. drop_portable: the portable model is proven with the others, and then left
+    out of the bundle, which it would double.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class BuildRequest:
     resume: bool = False
     force: bool = False
     checkpoint: Path | None = None
+    drop_portable: bool = False
     listener: Listener = lambda event: None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ def compile_engine(request: BuildRequest) -> Path:
         describe(work.bundle, model, recipe)
         verified(work, model, facts, request.rejected_path)
         benched(work, model, facts)
+        if request.drop_portable:
+            facts = without_portable(work.bundle, facts)
         refuse_existing(request)  # another build may have finished since this one began
         manifest.write(manifest.compose(facts, work.bundle), work.bundle)
         publish(work.bundle, request.output, aside=work.path / "replaced")
@@ -134,6 +138,8 @@ def refuse_no_attention(model: LoadedModel, recipe: Recipe) -> None:
 def refuse_early(request: BuildRequest) -> None:
     """Refuse what can be refused without the model."""
     machine.require_compiler("building an engine")
+    if request.drop_portable and set(request.targets) == {PORTABLE}:
+        raise RecipeError("--drop-portable leaves a bundle without any engine; name another --target, such as cpu")
     problems = [problem for target in request.targets for problem in BACKENDS[target].problems(request.recipe)]
     if problems:
         raise EnvironmentLacksError("; ".join(problems))
@@ -256,6 +262,13 @@ def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
     """Remove engines that an interrupted build made for targets which this one was not asked for."""
     for target in set(BACKENDS) - set(targets):
         remove(folder / target)
+
+
+def without_portable(folder: Path, facts: manifest.BuildFacts) -> manifest.BuildFacts:
+    """Remove the portable model from the finished bundle in `folder`; the facts without it."""
+    for name in BACKENDS[PORTABLE].files:
+        remove(folder / name)
+    return replace(facts, results={name: result for name, result in facts.results.items() if name != PORTABLE})
 
 
 def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:

@@ -35,13 +35,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return t5_folder(tmp_path_factory.mktemp("pipeline"))
 
 
-@pytest.fixture(scope="module")
-def bundle(folder: Path) -> Path:
+def built(folder: Path, name: str, *more: str) -> Path:
+    output = folder.parent / name
     with pytest.MonkeyPatch.context() as patch:
         measure_little(patch.setattr)
-        flags = ["--engine", "t5_w4a8", "-m", str(folder), "--target", "cpu", "-o", str(folder.parent / "engine")]
+        flags = ["--engine", "t5_w4a8", "-m", str(folder), "--target", "cpu", "-o", str(output), *more]
         assert cli.main(["build", *flags]) == 0
-    return folder.parent / "engine"
+    return output
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path) -> Path:
+    return built(folder, "engine")
 
 
 def test_its_bundle_is_proven(bundle: Path) -> None:
@@ -111,3 +116,18 @@ def test_a_method_that_looks_at_steps_is_refused(folder: Path, tmp_path: Path) -
     recipe = recipes.with_settings(recipes.load("t5_w4a8"), ["method=msfp"])
     with pytest.raises(RecipeError, match=r"msfp looks at the steps of a sampler, and .* is a text encoder"):
         calibrate(load_model(str(folder)), recipe, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_bundle_without_the_portable_model(folder: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    single = built(folder, "single", "--drop-portable")
+    names, whole = ({path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (single, bundle))
+    assert whole - names == {"model.onnx", "model.onnx.data"} and not names - whole
+    assert (
+        load(single).targets == ("cpu",)
+        and (single / "cpu/model.onnx").read_bytes() == (bundle / "cpu/model.onnx").read_bytes()
+    )
+    gates = json.loads((single / "report" / "parity.json").read_text())["gates"]
+    assert any(gate["name"].startswith("onnx/") for gate in gates)
+    assert cli.main(["verify", str(single)]) != 0
+    assert "has no portable model, from which engines are lowered again" in capsys.readouterr().out

@@ -344,30 +344,24 @@ def _call_t5(module: nn.Module, inputs: Tensors) -> Tensor:
 
 
 T5_BLOCK = r"encoder\.block\.\d+\.layer"
-T5 = Family(
-    name="t5",
-    class_name="T5EncoderModel",
-    matches=lambda config: True,
-    quantized=(
-        (rf"{T5_BLOCK}\.0\.SelfAttention\.[qkv]", "attn.qkv"),
-        (rf"{T5_BLOCK}\.0\.SelfAttention\.o", "attn.out"),
-        (rf"{T5_BLOCK}\.1\.DenseReluDense\.wi(_[01])?", "ff.in"),
-        (rf"{T5_BLOCK}\.1\.DenseReluDense\.wo", "ff.out"),
-    ),
-    kept=(
-        (r"shared", "token embedding: a row is looked up for each token, nothing is multiplied"),
-        (r".*\.relative_attention_bias", "position bias: a table of some numbers, looked up by distance"),
-    ),
-    inputs=_text_inputs,
-    call=_call_t5,
-    conditioning="token ids and their mask; positions enter as a bias of attention by distance",
-    tokens=120,
-    library="transformers",
-    steps=False,
-    streamed=IDS,
-    output="last_hidden_state",
-    counted=MASK,
+T5_QUANTIZED = (
+    (rf"{T5_BLOCK}\.0\.SelfAttention\.[qkv]", "attn.qkv"),
+    (rf"{T5_BLOCK}\.0\.SelfAttention\.o", "attn.out"),
+    (rf"{T5_BLOCK}\.1\.DenseReluDense\.wi(_[01])?", "ff.in"),
+    (rf"{T5_BLOCK}\.1\.DenseReluDense\.wo", "ff.out"),
 )
+T5_KEPT = (
+    (r"shared", "token embedding: a row is looked up for each token, nothing is multiplied"),
+    (r".*\.relative_attention_bias", "position bias: a table of some numbers, looked up by distance"),
+)
+
+
+def _t5(name: str, class_name: str, tokens: int) -> Family:
+    return Family(
+        name, class_name, lambda config: True, T5_QUANTIZED, T5_KEPT, _text_inputs, _call_t5,
+        "token ids and their mask; positions enter as a bias of attention by distance", tokens,
+        library="transformers", steps=False, streamed=IDS, output="last_hidden_state", counted=MASK,
+    )  # fmt: skip
 
 
 FAMILIES: dict[str, Family] = {
@@ -377,6 +371,8 @@ FAMILIES: dict[str, Family] = {
         _pixart("pixart_sigma", is_sigma, 300),
         HUNYUAN,
         DIT,
-        T5,
+        _t5("t5", "T5EncoderModel", 120),
+        _t5("mt5", "MT5EncoderModel", 256),
+        _t5("umt5", "UMT5EncoderModel", 256),
     )
 }

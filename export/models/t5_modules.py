@@ -1,4 +1,4 @@
-"""A T5 encoder in operations that export: norms, attention and position bias in the type that the module computes in.
+"""T5 encoders, mT5 and umT5 among them, in operations that export and that compute in the module's own type.
 
 The modules of transformers stay, and with them every name of a weight, but three kinds are replaced. Their norm
 computes its variance in float32 whatever the module's type is, so that a float64 reference would be none. Their bucket
@@ -79,7 +79,7 @@ class GatedFeedForward(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention without a scale, its scores moved by a bias [1 or B, heads, tokens, tokens].
+    """Self-attention without a scale, its scores moved by a bias [1 or B, heads, tokens, tokens] that all blocks share.
 
     Has the linears of transformers' own module, and where that has one its table of biases [buckets, heads]; then
     `buckets` [2 * reach + 1] int64 is the bucket of each distance from -reach to reach, beyond which nothing changes.
@@ -103,13 +103,26 @@ class RelativeAttention(nn.Module):
         bias: Tensor = self.relative_attention_bias(bucket.reshape(tokens, tokens))
         return bias.permute(2, 0, 1)[None]
 
-    def forward(self, x: Tensor, position_bias: Tensor, **unused: object) -> tuple[Tensor, Tensor, None]:
-        """x [B, tokens, C] -> (as x, the bias, no weights), as transformers' blocks ask for."""
+    def mixed(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x [B, tokens, C] -> as x."""
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, scale=1.0)
-        return self.o(mixed.transpose(1, 2).flatten(2)), position_bias, None
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        result: Tensor = self.o(attended.transpose(1, 2).flatten(2))
+        return result
+
+    def forward(self, x: Tensor, position_bias: Tensor, **unused: object) -> tuple[Tensor, Tensor, None]:
+        """As transformers' blocks of T5 and mT5 ask for: the result, the bias, no weights."""
+        return self.mixed(x, position_bias), position_bias, None
+
+
+class OwnBiasAttention(RelativeAttention):
+    """The same with a bias of its own in every block, as umT5 has it."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor, **unused: object) -> tuple[Tensor, None]:  # type: ignore[override]
+        """attention_mask: what is added to the scores for padding."""
+        return self.mixed(x, self.position_bias(x.shape[1], x.device) + attention_mask), None
 
 
 def bucket_table(attention: T5Attention) -> Tensor:
@@ -121,9 +134,11 @@ def bucket_table(attention: T5Attention) -> Tensor:
             f"relative_attention_num_buckets {buckets} and relative_attention_max_distance {reach}: half of the "
             "buckets of a side are for single distances, and the distance must reach beyond them; check config.json"
         )
+    table_of = attention._relative_position_bucket
     with torch.device("cpu"):
         distances = torch.arange(-2 * reach, 2 * reach + 1)
-        table: Tensor = attention._relative_position_bucket(distances, True, buckets, reach)
+        own = type(attention).__name__ == "UMT5Attention"  # it takes the other arguments from itself
+        table: Tensor = table_of(distances) if own else table_of(distances, True, buckets, reach)
     if bool((table[:reach] != table[reach]).any() or (table[-reach:] != table[-reach - 1]).any()):
         raise ModelError(
             f"buckets of distances beyond relative_attention_max_distance {reach} differ; check config.json"
@@ -132,23 +147,22 @@ def bucket_table(attention: T5Attention) -> Tensor:
 
 
 def exportable(module: T5EncoderModel) -> T5EncoderModel:
-    """The same module with the three kinds of part replaced, and one table of tokens where it had two of one tensor.
+    """The same module, of T5, mT5 or umT5, with the three kinds of part replaced, and one table of tokens where it had
+    two of one tensor.
 
     Raises ModelError for an activation function or buckets that are not known here.
     """
-    from transformers.models.t5.modeling_t5 import T5Attention, T5DenseActDense, T5DenseGatedActDense, T5LayerNorm
-
-    activation = module.config.dense_act_fn
+    activation, prefix = module.config.dense_act_fn, type(module).__name__.removesuffix("EncoderModel")
+    replacements: dict[str, Callable[..., nn.Module]] = {
+        f"{prefix}LayerNorm": lambda part: RootMeanSquareNorm(part.weight, part.variance_epsilon),
+        f"{prefix}Attention": OwnBiasAttention if prefix == "UMT5" else RelativeAttention,
+        f"{prefix}DenseActDense": partial(FeedForward, activation=activation),
+        f"{prefix}DenseGatedActDense": partial(GatedFeedForward, activation=activation),
+    }
     module.encoder.set_input_embeddings(None)
     for path, part in list(module.named_modules()):
-        if isinstance(part, T5LayerNorm):
-            module.set_submodule(path, RootMeanSquareNorm(part.weight, part.variance_epsilon))
-        elif isinstance(part, T5Attention):
-            module.set_submodule(path, RelativeAttention(part))
-        elif isinstance(part, T5DenseActDense):
-            module.set_submodule(path, FeedForward(part, activation))
-        elif isinstance(part, T5DenseGatedActDense):
-            module.set_submodule(path, GatedFeedForward(part, activation))
+        if replacement := replacements.get(type(part).__name__):
+            module.set_submodule(path, replacement(part))
     return module
 
 
@@ -160,8 +174,12 @@ def encode(module: T5EncoderModel, input_ids: Tensor, attention_mask: Tensor) ->
     hidden: Tensor = module.shared(input_ids)
     first = module.encoder.block[0].layer[0].SelfAttention
     padding = (1 - attention_mask[:, None, None, :].to(hidden.dtype)) * HOLE
-    bias = first.position_bias(input_ids.shape[1], input_ids.device) + padding
-    for block in module.encoder.block:
-        hidden = block(hidden, position_bias=bias)[0]
+    if isinstance(first, OwnBiasAttention):
+        for block in module.encoder.block:
+            hidden = block(hidden, attention_mask=padding)
+    else:
+        bias = first.position_bias(input_ids.shape[1], input_ids.device) + padding
+        for block in module.encoder.block:
+            hidden = block(hidden, position_bias=bias)[0]
     result: Tensor = module.encoder.final_layer_norm(hidden)
     return result

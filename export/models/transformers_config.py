@@ -29,6 +29,7 @@ HARMLESS = {
     "tokenizer_class": "how text becomes ids",
     "tie_word_embeddings": "of a decoder",
     "scale_decoder_outputs": "of a decoder",
+    "decoder_start_token_id": "of a decoder",
 }
 # Their values are read by nobody, but these would ask for another computation.
 MUST_BE: Config = {

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from export import to_onnx
 from export.errors import ModelError, RecipeError
@@ -38,15 +39,18 @@ def encoded(model: LoadedModel, inputs: dict[str, NDArray[np.int64]]) -> NDArray
     return output
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 120, LONG])
+@pytest.mark.parametrize("kind", ["T5", "MT5", "UMT5"])
 @pytest.mark.parametrize("projection", ["gated-gelu", "relu"])
-def test_it_is_transformers_own(tmp_path: Path, tokens: int, projection: str) -> None:
-    model = load(str(t5_folder(tmp_path, feed_forward_proj=projection)))
-    inputs = sample_inputs(model, 3, 0, tokens=tokens)
-    with torch.no_grad():
-        own = t5(feed_forward_proj=projection)(**{k: torch.from_numpy(v) for k, v in inputs.items()}).last_hidden_state
-    counted = inputs["attention_mask"].astype(bool)
-    np.testing.assert_allclose(encoded(model, inputs)[counted], own.numpy()[counted], atol=1e-5)
+def test_it_is_transformers_own(tmp_path: Path, kind: str, projection: str) -> None:
+    own = t5(kind=kind, feed_forward_proj=projection)
+    model = load(str(t5_folder(tmp_path, kind=kind, feed_forward_proj=projection)))
+    assert model.family.name == kind.lower()
+    for tokens in (1, 2, 7, 120, LONG):
+        inputs = sample_inputs(model, 3, 0, tokens=tokens)
+        with torch.no_grad():
+            expected = own(**{k: torch.from_numpy(v) for k, v in inputs.items()}).last_hidden_state.numpy()
+        counted = inputs["attention_mask"].astype(bool)
+        np.testing.assert_allclose(encoded(model, inputs)[counted], expected[counted], atol=1e-5)
 
 
 def test_the_position_bias_is_a_table_by_distance(model: LoadedModel) -> None:
@@ -122,3 +126,19 @@ def test_a_large_table_is_widened_row_by_row(
         table = next(node for node in stored.node if "shared.weight" in node.input)
         assert table.op_type == {"whole": "Cast", "rows": "Gather"}[name]
     np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_table_of_tokens_has_two_names(tmp_path: Path, model: LoadedModel, keep: bool) -> None:
+    folder = t5_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+    if not keep:
+        del tensors["shared.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    inputs, named = sample_inputs(model, 2, 0), load(str(folder))
+    np.testing.assert_array_equal(encoded(named, inputs), encoded(model, inputs))
+    assert dict(named.ignored) == ({"encoder.embed_tokens.weight": "the same as shared.weight"} if keep else {})
+    save_file({**tensors, "shared.weight": -tensors["encoder.embed_tokens.weight"]}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"encoder\.embed_tokens\.weight.*no such tensor"):
+        load(str(folder))

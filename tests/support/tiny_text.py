@@ -1,4 +1,4 @@
-"""Tiny T5 encoders of the true transformers class, saved to disk by the test that needs them. Two layers, width 64."""
+"""Tiny T5 encoders of transformers' true classes, saved to disk by the test that needs them. Two layers, width 64."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ T5: dict[str, Any] = dict(
 )
 
 
-def t5(seed: int = 0, **changes: Any) -> Any:
-    """The torch module with random weights that fp16 holds, in float32."""
+def t5(seed: int = 0, kind: str = "T5", **changes: Any) -> Any:
+    """The torch module with random weights that fp16 holds, in float32. kind: T5, MT5 or UMT5."""
     import torch
-    from transformers import T5Config, T5EncoderModel
+    import transformers
 
     torch.manual_seed(seed)
-    module = T5EncoderModel(T5Config(**T5 | changes)).eval().requires_grad_(False)
+    config = getattr(transformers, f"{kind}Config")(**T5 | changes)
+    module = getattr(transformers, f"{kind}EncoderModel")(config).eval().requires_grad_(False)
     for name, parameter in module.named_parameters():
         if name.endswith("layer_norm.weight"):
             parameter.normal_(1.0, 0.1)
