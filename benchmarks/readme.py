@@ -236,10 +236,10 @@ def _words(action: Action) -> str:
 
 def text_encoder_formats() -> str:
     """What formats cost a text encoder, plain and with planted outliers."""
-    document = record.read(record.RESULTS / "text_encoder_study.json")
+    document = read(RESULTS / "text_encoder_study.json")
     header = ["weights", "activations", "weight scales", "dB", "worst token", "dB, outliers", "worst token, outliers"]
     pairs = zip(document["plain"], document["outliers"], strict=True)
-    return record.markdown(
+    return markdown(
         header,
         [
             [

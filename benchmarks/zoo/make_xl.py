@@ -13,7 +13,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -89,7 +89,7 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
 
 
 def write_shards(
-    shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], NDArray[np.float16]], folder: Path, stem: str,
+    shapes: dict[str, tuple[int, ...]], make: Callable[[str], NDArray[np.float16]], folder: Path, stem: str,
     shard_bytes: int,
 ) -> int:  # fmt: skip
     """Write the tensors that `make` makes of their names, a shard at a time, and return how many numbers they have."""
