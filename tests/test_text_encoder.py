@@ -86,9 +86,20 @@ def test_an_id_beyond_the_vocabulary_is_refused(bundle: Path) -> None:
         engine.close()
 
 
-def test_it_is_verified_again_and_looked_into(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(bundle)]) == 0, capsys.readouterr().out
-    assert cli.main(["inspect", str(bundle)]) == 0
+def test_it_is_verified_again_looked_into_and_measured(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_little(monkeypatch.setattr)
+    for verb in ("verify", "inspect", "bench"):
+        assert cli.main([verb, str(bundle)]) == 0, capsys.readouterr().out
+    assert "picture of" not in capsys.readouterr().out
+
+
+def test_it_draws_nothing(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(bundle), "--prompt", "a", "-o", str(tmp_path / "a.png")]) == 2
+    assert "is a text encoder, which draws nothing" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="is a text encoder, which draws nothing"):
+        load(bundle).as_diffusers()
 
 
 def test_methods_that_look_at_inputs_calibrate_it(

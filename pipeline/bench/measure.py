@@ -203,18 +203,19 @@ def summary(document: Document) -> tuple[list[str], list[list[str]]]:
     Times are medians in ms; the last columns say how many times as fast as the row each engine's call is.
     """
     engines = document["ratios"]
-    header = ["", "call, ms", "p10-p90", "picture, ms", "weights, MB", "peak memory, MB"]
+    draws = document["image"].get("pictures") != 0
+    header = ["", "call, ms", "p10-p90", *(["picture, ms"] * draws), "weights, MB", "peak memory, MB"]
     header += [f"{engine} faster by" for engine in engines]
     return header, [
-        [name, *_figures(row), *(shown_times(engines[engine].get(name)) for engine in engines)]
+        [name, *_figures(row, draws), *(shown_times(engines[engine].get(name)) for engine in engines)]
         for name, row in document["contestants"].items()
     ]
 
 
-def _figures(row: ContestantRow) -> list[str]:
+def _figures(row: ContestantRow, draws: bool) -> list[str]:
     call, picture, peak = row["call_ms"], row["image_ms"], row["peak_rss_bytes"]
     spread = f"{shown_milliseconds(call['p10'])}-{shown_milliseconds(call['p90'])}"
-    times = [shown_milliseconds(call["median"]), spread, shown_milliseconds(picture["median"])]
+    times = [shown_milliseconds(call["median"]), spread, *([shown_milliseconds(picture["median"])] * draws)]
     return [*times, f"{row['weights_bytes'] / 1e6:.1f}", "-" if peak is None else f"{peak / 1e6:.0f}"]
 
 

@@ -120,10 +120,14 @@ def _pool(spec: PoolSpec, model: LoadedModel, case: AnyCase) -> Arrays:
 
 
 def _prompts(spec: PoolSpec, model: LoadedModel, case: TextCase, count: int) -> Arrays:
-    """Samples of `spec` for a text encoder: ids of their own."""
+    """Samples of `spec` for a text encoder: ids of their own. The longest have distances beyond the last that is told
+    apart."""
     from export.models.load import sample_inputs
 
-    inputs = sample_inputs(model, count, 1 + POOLS.index(spec), tokens=_tokens(spec, model, case.call))
+    tokens = _tokens(spec, model, case.call)
+    if spec.name == LONGEST:
+        tokens = max(tokens, model.config.get("relative_attention_max_distance", 0) + ODD_TOKENS)
+    inputs = sample_inputs(model, count, 1 + POOLS.index(spec), tokens=tokens)
     for row in model.inputs:
         if row.fill == "mask":
             mask = _masks(inputs[row.name].shape, spec.first_mask)
@@ -222,11 +226,17 @@ def sample_errors(call: Call, exact: dict[str, Array], output: Array) -> list[Sa
         signs: list[Sign | None] = [sign] * len(expected)
     else:
         values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
-        signs = [sign_of(one, row, exact[call.pool], call.rows) for one, row in zip(output, call.rows, strict=True)]
+        of_pool, of_call = _channels_first(exact[call.pool]), _channels_first(output)
+        signs = [sign_of(one, row, of_pool, call.rows) for one, row in zip(of_call, call.rows, strict=True)]
     settings = call.setting if isinstance(call.setting, tuple) else (call.setting,) * len(values)
     traits = [traits_of(call.inputs, i, setting, call.rows) for i, setting in enumerate(settings)]
     columns = enumerate(zip(values, call.rows, traits, signs, strict=True))
     return [SampleError(call.text, i, value, call.pool, row, of, sign) for i, (value, row, of, sign) in columns]
+
+
+def _channels_first(outputs: Array) -> Array:
+    """[B, C, ...], of pictures [B, C, H, W] or tokens [B, tokens, C]."""
+    return outputs.swapaxes(1, 2) if outputs.ndim == 3 else outputs
 
 
 @dataclass(frozen=True)

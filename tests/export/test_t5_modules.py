@@ -19,7 +19,7 @@ from export.models.t5_modules import RelativeAttention
 from tests.support import tiny
 from tests.support.tiny_text import change_config, t5, t5_folder
 
-pytestmark = [pytest.mark.torch, pytest.mark.fast]
+pytestmark = pytest.mark.torch
 LONG = 300  # beyond relative_attention_max_distance
 
 
@@ -72,6 +72,7 @@ def test_padding_is_read_by_no_token(model: LoadedModel) -> None:
     np.testing.assert_allclose(encoded(model, inputs)[:1, :8], encoded(model, first), atol=1e-5)
 
 
+@pytest.mark.fast
 def test_its_inputs_are_ids_and_their_mask(model: LoadedModel) -> None:
     assert [(row.name, row.dtype) for row in model.inputs] == [("input_ids", "int64"), ("attention_mask", "int64")]
     assert {ref.kind for ref in model.linears()} == {"attn.qkv", "attn.out", "ff.in", "ff.out"}
