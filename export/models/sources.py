@@ -45,7 +45,7 @@ def _from_cache(repository: str, revision: str | None, part: str | None = None) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    name = f"{repository}@{revision}" if revision else repository
+    name = repository + (f"/{part}" if part else "") + (f"@{revision}" if revision else "")
     missing = f"model {name} is not in the local cache and no folder of that name exists"
     wanted = part or "transformer"
     command = f'hf download {repository} --include "{wanted}/*"' + (f" --revision {revision}" if revision else "")
