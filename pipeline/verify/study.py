@@ -113,8 +113,10 @@ class Study:
             return run
 
         def counting(inputs: Arrays) -> Arrays:
-            rows = inputs[counted].astype(bool)[..., None]
-            return {name: np.where(rows, output, output.dtype.type(0)) for name, output in run(inputs).items()}
+            rows, outputs = inputs[counted].astype(bool)[..., None], run(inputs)
+            fitting = {name: output for name, output in outputs.items() if output.shape[:-1] == rows.shape[:-1]}
+            # Another shape fails by itself.
+            return outputs | {name: np.where(rows, output, output.dtype.type(0)) for name, output in fitting.items()}
 
         return counting
 
