@@ -144,8 +144,9 @@ class FakeQuantLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """[N, K], dequantized now, in the type of `scales`; only the product with the scale rounds."""
         integers, scales = self.integers, self.get_buffer("scales")
-        grouped = (integers.to(scales.dtype) * self.unit).unflatten(1, (scales.shape[1], -1))
-        return (grouped * scales[..., None]).flatten(1)
+        weight = integers.to(scales.dtype).mul_(self.unit)  # one array of that size, of a copy
+        weight.unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None])
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.integer_product(x) if self.sums_integers else self.product(x)
