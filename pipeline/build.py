@@ -43,8 +43,8 @@ def make_parser() -> Parser:
     flags.add_argument(
         "--drop-portable",
         action="store_true",
-        help="leave the portable model out of the bundle once all is proven: about half the bytes, and `verify` cannot "
-        "prove the bundle again",
+        help="leave the portable model out, of the bundle and of what is proven: about half the bytes, and less time; "
+        "`verify` cannot prove such a bundle again",
     )
     flags.add_argument("--height", type=int, help="image height of the engine, 0 for the model's own")
     flags.add_argument("--width", type=int, help="image width, likewise")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +48,8 @@ class BuildRequest:
     """One build: a resolved recipe, the targets, the destination folder, and what to do with what stands there.
 
     targets: the portable model is always among them. checkpoint: a folder of `python -m pipeline.calibrate` whose
-    layers are taken instead of calibrating. drop_portable: the portable model is proven with the others, and then left
-    out of the bundle, which it would double.
+    layers are taken instead of calibrating. drop_portable: the portable model is what engines are lowered from and no
+    more: neither proven nor in the bundle, which it would double.
     """
 
     recipe: Recipe
@@ -87,13 +87,15 @@ def compile_engine(request: BuildRequest) -> Path:
         layers = calibrated(work, model, recipe, request.checkpoint)
         exported(work, model, layers, recipe)
         results = {target: built(work, target, recipe) for target in request.targets}
+        if request.drop_portable:
+            del results[PORTABLE]
         facts = manifest.BuildFacts(recipe, model_row(model), layers, list(model.kept()), results, work.times)
         drop_other_targets(work.bundle, request.targets)
         describe(work.bundle, model, recipe)
         verified(work, model, facts, request.rejected_path)
         benched(work, model, facts)
         if request.drop_portable:
-            facts = without_portable(work.bundle, facts)
+            drop_portable(work.bundle)
         refuse_existing(request)  # another build may have finished since this one began
         manifest.write(manifest.compose(facts, work.bundle), work.bundle)
         publish(work.bundle, request.output, aside=work.path / "replaced")
@@ -264,11 +266,10 @@ def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
         remove(folder / target)
 
 
-def without_portable(folder: Path, facts: manifest.BuildFacts) -> manifest.BuildFacts:
-    """Remove the portable model from the finished bundle in `folder`; the facts without it."""
-    for name in BACKENDS[PORTABLE].files:
+def drop_portable(folder: Path) -> None:
+    """Remove the portable model from a finished bundle."""
+    for name in BACKENDS[PORTABLE].file_names:
         remove(folder / name)
-    return replace(facts, results={name: result for name, result in facts.results.items() if name != PORTABLE})
 
 
 def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
