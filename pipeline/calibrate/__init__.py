@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from pipeline import machine
-from pipeline.backends.side_by_side import single_threaded_torch
+from pipeline.backends.side_by_side import side_by_side, single_threaded_torch
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState, copy_finished, load_named, refuse_unfinished
@@ -99,10 +100,24 @@ def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationStat
     """Quantize the units that are left. What is observed is let go with this call, before the method finishes."""
     units = _group(plans, method.context.recipe)
     left = [name for name, group in units.items() if not state.has_all(group)]
-    observes = _observes(method.context.recipe)
-    work = _observed(method, units, left, state) if observes else (Unit(name, units[name]) for name in left)
-    for unit in track(work, len(units), "calibrate", len(units) - len(left)):
-        state.add(method.quantize(unit))
+    finished = _finished(method, units, left, state)
+    for layers in track(finished, len(units), "calibrate", len(units) - len(left)):
+        state.add(layers)
+
+
+def _finished(
+    method: Method, units: dict[str, list[LayerPlan]], left: Sequence[str], state: CalibrationState
+) -> Iterator[list[QuantizedLinear]]:
+    """The layers of each unit that is left, in order; layers that are looked at by themselves are quantized side by
+    side."""
+    if _observes(method.context.recipe):
+        for unit in _observed(method, units, left, state):
+            yield method.quantize(unit)
+        return
+    threads = machine.threads()
+    for place in range(0, len(left), threads):
+        together = [Unit(name, units[name]) for name in left[place : place + threads]]
+        yield from side_by_side([partial(method.quantize, unit) for unit in together], threads)
 
 
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:
