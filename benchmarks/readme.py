@@ -275,6 +275,23 @@ def _words(action: Action) -> str:
     return " ".join([*action.option_strings[-1:], *([value] if value else [])])
 
 
+def text_encoder_formats() -> str:
+    """What formats cost a text encoder, plain and with planted outliers."""
+    document = read(RESULTS / "text_encoder_study.json")
+    header = ["weights", "activations", "weight scales", "dB", "worst token", "dB, outliers", "worst token, outliers"]
+    pairs = zip(document["plain"], document["outliers"], strict=True)
+    return markdown(
+        header,
+        [
+            [
+                plain["weight"], plain["activation"], f"exact_group({plain['group_size']})",
+                *(f"{row[key]:.1f}" for row in (plain, planted) for key in ("sqnr_db", "worst_token_db")),
+            ]
+            for plain, planted in pairs
+        ],
+    )  # fmt: skip
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "recipes": recipes,
@@ -285,6 +302,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed-short": speed_short,
     "speed-equal": speed_equal,
     "gpu-speed": gpu_speed,
+    "text-encoder-formats": text_encoder_formats,
     "folders": folders,
 }
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)

@@ -65,7 +65,7 @@ class PlaceholderLinear(nn.Module):
 def trace(
     module: Denoiser, rows: tuple[Input, ...], samples: Mapping[str, Array], attention: AttentionFormats | None = None
 ) -> ir.Model:
-    """ONNX graph of `module`, whose forward takes the inputs `rows` in order and returns the tensor "sample".
+    """ONNX graph of `module`, whose forward takes the inputs `rows` in order and returns its family's output.
 
     Dynamic axes are those of the rows. Parameters and buffers of the module become graph inputs behind the rows.
     attention: formats in which it is quantized, each one node of the dialect then; None: in float32, in plain ops.
@@ -77,13 +77,14 @@ def trace(
     table: dict[Callable, Callable] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
     with _quiet():
         onnx_program = torch.onnx.export(
-            program, (), dynamo=True, input_names=names, output_names=["sample"], opset_version=OPSET,
+            program, (), dynamo=True, input_names=names, output_names=[module.family.output], opset_version=OPSET,
             optimize=False, verbose=False, custom_translation_table=table,
         )  # fmt: skip
         assert onnx_program is not None
         model = onnx_program.model
         _open_weights(model, set(program.state_dict) | set(program.constants))
         _clean(model)
+    model.graph.name = module.family.noun
     _name_axes(model, rows)
     _name_attentions(model.graph)
     return model
@@ -196,7 +197,7 @@ def _clean(model: ir.Model) -> None:
     for graph_pass in passes:
         graph_pass(model)
     model.metadata_props.clear()
-    model.graph.name, model.producer_name, model.producer_version, model.ir_version = "denoiser", "", "", IR_VERSION
+    model.producer_name, model.producer_version, model.ir_version = "", "", IR_VERSION
     for value in _values(model.graph):
         value.metadata_props.clear()
 

@@ -40,6 +40,12 @@ def make_parser() -> Parser:
     flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: engines/NAME)")
     for _, flag in target_flags():
         flags.add_argument(flag.name, type=flag.read, metavar=flag.metavar, help=flag.help)
+    flags.add_argument(
+        "--drop-portable",
+        action="store_true",
+        help="leave the portable model out, of the bundle and of what is proven: about half the bytes, and less time; "
+        "`verify` cannot prove such a bundle again",
+    )
     flags.add_argument("--height", type=int, help="image height of the engine, 0 for the model's own")
     flags.add_argument("--width", type=int, help="image width, likewise")
     flags.add_argument("--batch-size", type=int, help="images at a time in verification and measurement")
@@ -107,8 +113,9 @@ def make_request(args: argparse.Namespace, answer: Answer) -> BuildRequest:
         targets = fitting_targets(targets, recipe, tuple(named))
     output = args.output_dir or Path("engines") / recipe.name
     return BuildRequest(
-        recipe, targets, output, args.resume, args.force, args.checkpoint, listener=lambda event: answer.event(**event)
-    )
+        recipe, targets, output, args.resume, args.force, args.checkpoint, args.drop_portable,
+        listener=lambda event: answer.event(**event),
+    )  # fmt: skip
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:

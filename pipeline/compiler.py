@@ -22,7 +22,7 @@ from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_inter
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
 from pipeline.files import MANIFEST_FILE, publish, refuse_unwritable, remove, sha256_json, write_json
-from pipeline.generate.case import make_case
+from pipeline.generate.case import Case, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.generate.sampling import make_sampler
 from pipeline.recipe import Recipe, load_float_model, to_toml
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Disk while building, in bytes per parameter, whatever the targets: checkpoint by layer and joined, and the portable
-# model (together below 2); the baselines of the measurement (9, see bench).
-BYTES_PER_PARAMETER = 11.0
+# model.
+BYTES_PER_PARAMETER = 2.0
+# The baselines of the measurement (see bench), and up to how many parameters there are any: in float32 in PyTorch and
+# in onnxruntime they take 8 bytes of memory for each, besides the disk.
+BASELINE_BYTES, MOST_COMPARED = 9.0, 1_000_000_000
 REPORT_PAGE = "report/index.html"
 # In the work folder: the page as verification leaves it, and the section that the measurement adds.
 PAGE, MEASURED = "page.html", "measured.html"
@@ -45,7 +48,8 @@ class BuildRequest:
     """One build: a resolved recipe, the targets, the destination folder, and what to do with what stands there.
 
     targets: the portable model is always among them. checkpoint: a folder of `python -m pipeline.calibrate` whose
-    layers are taken instead of calibrating.
+    layers are taken instead of calibrating. drop_portable: the portable model is what engines are lowered from and no
+    more: neither proven nor in the bundle, which it would double.
     """
 
     recipe: Recipe
@@ -54,6 +58,7 @@ class BuildRequest:
     resume: bool = False
     force: bool = False
     checkpoint: Path | None = None
+    drop_portable: bool = False
     listener: Listener = lambda event: None
 
     def __post_init__(self) -> None:
@@ -82,11 +87,15 @@ def compile_engine(request: BuildRequest) -> Path:
         layers = calibrated(work, model, recipe, request.checkpoint)
         exported(work, model, layers, recipe)
         results = {target: built(work, target, recipe) for target in request.targets}
+        if request.drop_portable:
+            del results[PORTABLE]
         facts = manifest.BuildFacts(recipe, model_row(model), layers, list(model.kept()), results, work.times)
         drop_other_targets(work.bundle, request.targets)
         describe(work.bundle, model, recipe)
         verified(work, model, facts, request.rejected_path)
         benched(work, model, facts)
+        if request.drop_portable:
+            drop_portable(work.bundle)
         refuse_existing(request)  # another build may have finished since this one began
         manifest.write(manifest.compose(facts, work.bundle), work.bundle)
         publish(work.bundle, request.output, aside=work.path / "replaced")
@@ -107,7 +116,8 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
     make_plans(model.linears(), recipe)  # refuses groups that do not fit
     refuse_no_attention(model, recipe)
     case = make_case(model, recipe)
-    make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json that cannot be drawn by
+    if isinstance(case, Case):
+        make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json not to be drawn by
     if request.checkpoint:
         refuse_unfit(model, recipe, request.checkpoint)
     refuse_interrupted(request.work_path, request.resume, request.force)
@@ -130,6 +140,8 @@ def refuse_no_attention(model: LoadedModel, recipe: Recipe) -> None:
 def refuse_early(request: BuildRequest) -> None:
     """Refuse what can be refused without the model."""
     machine.require_compiler("building an engine")
+    if request.drop_portable and set(request.targets) == {PORTABLE}:
+        raise RecipeError("--drop-portable leaves a bundle without any engine; name another --target, such as cpu")
     problems = [problem for target in request.targets for problem in BACKENDS[target].problems(request.recipe)]
     if problems:
         raise EnvironmentLacksError("; ".join(problems))
@@ -148,7 +160,8 @@ def refuse_existing(request: BuildRequest) -> None:
 def refuse_full_disk(request: BuildRequest, parameters: int) -> None:
     """Refuse a build that cannot fit beside what is on the disk already."""
     of_targets = sum(BACKENDS[target].disk_bytes_per_parameter for target in request.targets)
-    needed = parameters * (BYTES_PER_PARAMETER + of_targets)
+    of_baselines = BASELINE_BYTES if parameters <= MOST_COMPARED else 0.0
+    needed = parameters * (BYTES_PER_PARAMETER + of_baselines + of_targets)
     existing = next(parent for parent in request.output.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -253,6 +266,12 @@ def drop_other_targets(folder: Path, targets: tuple[str, ...]) -> None:
         remove(folder / target)
 
 
+def drop_portable(folder: Path) -> None:
+    """Remove the portable model from a finished bundle."""
+    for name in BACKENDS[PORTABLE].file_names:
+        remove(folder / name)
+
+
 def describe(folder: Path, model: LoadedModel, recipe: Recipe) -> None:
     """Write what a bundle needs to be used alone: recipe, config, and how the model generates."""
     (folder / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
@@ -294,7 +313,10 @@ def benched(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts) ->
     def measure() -> None:
         threads = machine.threads()
         with opened(work.bundle, measured(facts.results), threads) as engines:
-            others = baselines(model, facts.recipe, work.scratch("bench"), threads)
+            compared = model.parameters <= MOST_COMPARED
+            others = baselines(model, facts.recipe, work.scratch("bench"), threads) if compared else []
+            if not compared:
+                logger.info("measured alone: a model of more than %.0e parameters has no baselines", MOST_COMPARED)
             document = bench(model, engines, facts.recipe, work.bundle, others, threads)
         remove(work.path / "bench")
         write_json(work.bundle / "bench.json", document)

@@ -80,6 +80,7 @@ class MethodRow:
     observes: "weights" (no data: every layer is a unit by itself) or "blocks" (calibration data runs through the
     float model and the quantized one, block by block). activations: how its layers scale their inputs; targets refuse
     by it, before any work, what they cannot run, so a method that gives its layers another scaling must say so here.
+    steps: does it look at the steps of a sampler? Then it is for denoisers alone.
     """
 
     name: str
@@ -88,6 +89,7 @@ class MethodRow:
     options: Mapping[str, Option] = field(default_factory=dict)
     observes: Literal["weights", "blocks"] = "blocks"
     activations: Scalings = per_token
+    steps: bool = False
 
     def resolve(self, preset: str, chosen: Mapping[str, object]) -> dict[str, Scalar]:
         """Every option's value. Raises RecipeError for an option that the method does not have, or a wrong type."""
@@ -257,6 +259,7 @@ _ROWS = (
         | _SKEWED
         | _GPTQ,
         activations=per_tensor,
+        steps=True,
     ),
     MethodRow(
         "ptq4dm",
@@ -264,6 +267,7 @@ _ROWS = (
         "static activation ranges from timesteps drawn towards the clean end",
         _STATIC | _SKEWED,
         activations=per_tensor,
+        steps=True,
     ),
     MethodRow(
         "repq_vit",
@@ -283,6 +287,7 @@ _ROWS = (
         "AdaRound by block, layers that see the timestep only apart; static activations",
         _STATIC | _PLAIN_ROUNDING | _LEARNED,
         activations=per_tensor,
+        steps=True,
     ),
     MethodRow(
         "ptq4dit",
@@ -311,6 +316,7 @@ _ROWS = (
         "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
         _MSFP,
         activations=msfp_scalings,
+        steps=True,
     ),
 )
 METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}

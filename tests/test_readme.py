@@ -39,7 +39,7 @@ def test_the_verbs_page_is_what_their_parsers_say():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_verbs_and_modules_of_the_commands_exist(page):
-    modules = set(re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", page.read_text(encoding="utf-8")))
+    modules = set(re.findall(r"python -m ([a-z_]+(?:\.[a-z_][a-z0-9_]*)*)", page.read_text(encoding="utf-8")))
     assert {name.partition(".")[2] for name in modules if name.startswith("pipeline.")} <= set(VERBS)
     for name in modules:
         path = readme.ROOT / name.replace(".", "/")

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -25,7 +26,7 @@ from safetensors.numpy import save_file
 from benchmarks import record
 from benchmarks.record import Json
 from benchmarks.shapes import WORKLOADS, Workload
-from export.models.weights import INDEX_FILE, STEM
+from export.models.weights import STEM
 from pipeline.progress import track
 
 SHARD_BYTES = 400_000_000
@@ -83,18 +84,27 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
     folder.mkdir(parents=True, exist_ok=True)
     shapes, config = shapes_of(workload)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    layers = workload.config["num_layers"]
+    return write_shards(shapes, lambda name: tensor(name, shapes[name], layers, seed), folder, STEM, shard_bytes)
+
+
+def write_shards(
+    shapes: dict[str, tuple[int, ...]], make: Callable[[str], NDArray[np.float16]], folder: Path, stem: str,
+    shard_bytes: int,
+) -> int:  # fmt: skip
+    """Write the tensors that `make` makes of their names, a shard at a time, and return how many numbers they have."""
     split = split_state_dict_into_shards_factory(
         shapes,
         get_storage_size=lambda shape: 2 * math.prod(shape),  # in fp16
-        filename_pattern=f"{STEM}{{suffix}}.safetensors",
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=shard_bytes,
     )
     for file, names in track(split.filename_to_tensors.items(), len(split.filename_to_tensors), "shards"):
-        tensors = {name: tensor(name, shapes[name], workload.config["num_layers"], seed) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file({name: make(name) for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        path = folder / f"{stem}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return sum(math.prod(shape) for shape in shapes.values())
 
 

@@ -1,4 +1,4 @@
-"""What is known of a denoiser without its weights: family and configuration, hence inputs, sizes and samples."""
+"""What is known of a model without its weights: family and configuration, hence inputs, sizes and samples."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from export.models.families import Config, Family, Input, shared_names
 # A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
 LATENT_PIXELS = 8
 GENERATION_FILE = "generation.json"
+# Of a text encoder, which makes no picture.
+NO_CELLS = (0, 0)
 # HunyuanDiT's rotary positions are laid out on the grid of a 512 pixel image (its pipeline's base size).
 ROTARY_BASE_PIXELS = 512
 Array = NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64] | NDArray[np.bool_]
@@ -51,7 +53,16 @@ class Description:
         return pixels_per_cell(self.folder, self.config)
 
     def cells(self, height: int = 0, width: int = 0) -> tuple[int, int]:
-        """Height and width of `hidden_states` for an image of that many pixels; 0 stands for the model's own size."""
+        """Height and width of `hidden_states` for an image of that many pixels; 0 stands for the model's own size.
+
+        NO_CELLS of a text encoder. Raises RecipeError for a size that the model cannot make.
+        """
+        if not self.family.steps:
+            if height or width:
+                raise RecipeError(
+                    f"image size {height} x {width}: {self.source} is a text encoder and makes no picture"
+                )
+            return NO_CELLS
         own = self.config["sample_size"] * self.pixels_per_cell
         height, width = height or own, width or own
         unit = self.pixels_per_cell * self.config["patch_size"]
@@ -77,9 +88,10 @@ def sample_inputs(
     height, width: image size in pixels, 0 for the model's own. tokens: caption length, 0 for the family's usual one.
     """
     cells = model.cells(height, width)
-    patches = (cells[0] // model.config["patch_size"]) * (cells[1] // model.config["patch_size"])
     sizes = {"batch": batch_size, "tokens": tokens or model.family.tokens, "height": cells[0], "width": cells[1]}
-    sizes |= {"patches": patches}
+    if model.family.steps:
+        patch = model.config["patch_size"]
+        sizes["patches"] = (cells[0] // patch) * (cells[1] // patch)
     arrays = {}
     for index, row in enumerate(model.inputs):
         shape = tuple(size if isinstance(size, int) else sizes[size] for size in row.shape)
@@ -93,9 +105,9 @@ def sample_inputs(
 
 
 def _filled(kind: str, shape: Shape, rng: np.random.Generator, model: Description, cells: Cells) -> Array:
-    """An array of `shape` for the fill `kind` ("class:N" carries its number behind the colon)."""
+    """An array of `shape` for the fill `kind` ("class:N" and "ids:N" carry their number behind the colon)."""
     name, _, argument = kind.partition(":")
-    if name == "class":
+    if name in ("class", "ids"):
         return rng.integers(0, int(argument), shape)
     return FILL_FUNCTIONS[name](shape, rng, model, cells)
 

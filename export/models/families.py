@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from export.errors import ContractError
 
@@ -28,15 +28,15 @@ LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.i
 DYNAMIC = ("batch", "tokens")
 # Inputs that change from step to step; all others are the condition.
 STEP_INPUTS = frozenset({"hidden_states", "timestep"})
-FILLS = ("normal", "timestep", "mask", "aspect", "class", "zeros", "rotary_cos", "rotary_sin", "image_size")
+FILLS = ("normal", "timestep", "mask", "aspect", "class", "ids", "zeros", "rotary_cos", "rotary_sin", "image_size")
 
 
 @dataclass(frozen=True)
 class Input:
     """One model input. `shape` mixes numbers with "batch", "tokens", "height", "width" (cells) and "patches".
 
-    `fill` says what a sample holds; "class:N" draws classes below N. implied: a caller may leave it away, its value
-    follows from the picture's size.
+    `fill` says what a sample holds; "class:N" draws classes below N, "ids:N" numbers of tokens below N. implied: a
+    caller may leave it away, its value follows from the picture's size.
     """
 
     name: str
@@ -84,6 +84,11 @@ class Family:
     the plain attributes of an instance, which pipelines read beside its configuration. `ignored` names inputs that the
     class accepts and does not read in this configuration. binned: the family's pipelines choose among sizes of their
     own unless they are called with use_resolution_binning=False.
+
+    A denoiser is called step by step by a sampler and makes pictures; `steps` is False for a text encoder, which is
+    called once for a prompt. library: that has the class. streamed: the input of which every sample has its own.
+    output: name of the one output. counted: the mask input that says which rows of the output [batch, tokens, C] are of
+    a prompt; those of padding are nobody's. None: all count.
     """
 
     name: str
@@ -99,6 +104,16 @@ class Family:
     binned: bool = True
     attributes: Callable[[Config], Attributes] = lambda config: {}
     ignored: Callable[[Config], frozenset[str]] = lambda config: frozenset()
+    library: Literal["diffusers", "transformers"] = "diffusers"
+    steps: bool = True
+    streamed: str = "hidden_states"
+    output: str = "sample"
+    counted: str | None = None
+
+    @property
+    def noun(self) -> str:
+        """What a model of the family is."""
+        return "denoiser" if self.steps else "text encoder"
 
     def kind_of(self, path: str) -> str | None:
         """Layer kind of a linear to quantize; None if it is kept."""
@@ -310,6 +325,45 @@ HUNYUAN = Family(
 )
 
 
+# --- text encoders -------------------------------------------------------------------------------------------------
+
+IDS, MASK = "input_ids", "attention_mask"
+
+
+def _text_inputs(config: Config) -> tuple[Input, ...]:
+    return (
+        Input(IDS, ("batch", "tokens"), f"ids:{config['vocab_size']}", "int64"),
+        Input(MASK, ("batch", "tokens"), "mask", "int64"),
+    )
+
+
+def _call_t5(module: nn.Module, inputs: Tensors) -> Tensor:
+    from export.models.t5_modules import encode
+
+    return encode(module, inputs[IDS], inputs[MASK])
+
+
+T5_BLOCK = r"encoder\.block\.\d+\.layer"
+T5_QUANTIZED = (
+    (rf"{T5_BLOCK}\.0\.SelfAttention\.[qkv]", "attn.qkv"),
+    (rf"{T5_BLOCK}\.0\.SelfAttention\.o", "attn.out"),
+    (rf"{T5_BLOCK}\.1\.DenseReluDense\.wi(_[01])?", "ff.in"),
+    (rf"{T5_BLOCK}\.1\.DenseReluDense\.wo", "ff.out"),
+)
+T5_KEPT = (
+    (r"shared", "token embedding: a row is looked up for each token, nothing is multiplied"),
+    (r".*\.relative_attention_bias", "position bias: a table of some numbers, looked up by distance"),
+)
+
+
+def _t5(name: str, class_name: str, tokens: int) -> Family:
+    return Family(
+        name, class_name, lambda config: True, T5_QUANTIZED, T5_KEPT, _text_inputs, _call_t5,
+        "token ids and their mask; positions enter as a bias of attention by distance", tokens,
+        library="transformers", steps=False, streamed=IDS, output="last_hidden_state", counted=MASK,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
@@ -317,5 +371,8 @@ FAMILIES: dict[str, Family] = {
         _pixart("pixart_sigma", is_sigma, 300),
         HUNYUAN,
         DIT,
+        _t5("t5", "T5EncoderModel", 120),
+        _t5("mt5", "MT5EncoderModel", 256),
+        _t5("umt5", "UMT5EncoderModel", 256),
     )
 }

@@ -25,6 +25,7 @@ from export.models.description import GENERATION_FILE, Description, sample_input
 from export.models.families import FAMILIES, Config, Family
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
+from export.models.transformers_config import completed
 from export.models.weights import (
     ADAPTER_FILES,
     MERGE,
@@ -120,7 +121,7 @@ def load(source: str, kept_only: bool = False, variant: str = "", config: str = 
     folder = _model_folder(root)
     config_path, remedy = _config_file(config, folder)
     values = _read_config(config_path, remedy)
-    family, notes = _family_of(values, folder)
+    family, notes = _family_of(values, config_path)
     files = _weights(root, folder, variant)
     files.refuse_damaged()
     if not kept_only:
@@ -190,7 +191,7 @@ def _read_config(path: Path, remedy: str) -> Config:
         raise ModelError(f"{path.parent} has no {path.name}; {what_instead(path.parent) or remedy}")
     config = read_config(path)
     if "_class_name" not in config:
-        raise ModelError(f"{path}: no _class_name in it; give the folder of a diffusers model")
+        config |= {"_class_name": _transformers_class(config, path)}
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ModelError(
@@ -202,6 +203,17 @@ def _read_config(path: Path, remedy: str) -> Config:
     return {**config, "_class_name": name}
 
 
+def _transformers_class(config: Config, path: Path) -> str:
+    """The class that config.json of a transformers model names. Raises ModelError where it names none."""
+    names = config.get("architectures")
+    if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
+        raise ModelError(
+            f"{path}: no _class_name in it, and no one name in architectures; give the folder of a diffusers model or "
+            "of a transformers text encoder"
+        )
+    return names[0]
+
+
 def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) -> None:
     """A parameter takes a byte at least: a file too small for what config.json asks for is another model's."""
     if parameters > files.size_bytes:
@@ -211,14 +223,19 @@ def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) ->
         )
 
 
-def _family_of(config: Config, folder: Path) -> tuple[Family, tuple[str, ...]]:
+def _family_of(config: Config, path: Path) -> tuple[Family, tuple[str, ...]]:
     name = config["_class_name"]
     for family in FAMILIES.values():
         if family.class_name == name and family.matches(config):
             return family, ()
     from export.models.generic import generic_family
 
-    family = generic_family(name, config, folder)
+    if "architectures" in config:
+        encoders = ", ".join(row.class_name for row in FAMILIES.values() if row.library == "transformers")
+        raise ModelError(
+            f"{path}: {name} of transformers is not a text encoder that is known here, which are {encoders}"
+        )
+    family = generic_family(name, config, path.parent)
     note = f"{name} is not in the table of families; the linears of its repeated blocks are quantized by a generic rule"
     return family, (note,)
 
@@ -243,6 +260,8 @@ NUMBERS = ("in_channels", "patch_size", "sample_size")
 
 def _completed(config: Config, family: Family, path: Path) -> Config:
     """The configuration with the numbers that it leaves to the class, which must read all of its keys."""
+    if family.library == "transformers":
+        return completed(config, family.class_name, path)
     unread_keys(config, family.class_name, path, NUMBERS)
     defaults = defaults_of(family.class_name)
     numbers = {key: config.get(key, defaults.get(key)) for key in NUMBERS}
@@ -261,6 +280,8 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
 
     from export.models.torch_modules import set_resolution, use_masked_attention
 
+    if family.library == "transformers":
+        return _build_text_encoder(family, config, path, files)
     cls = getattr(diffusers, family.class_name)
     parameters = defaults_of(family.class_name)
     known = {key: value for key, value in config.items() if key in parameters}
@@ -275,6 +296,25 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
     set_resolution(module, config["sample_size"], config["sample_size"])
     use_masked_attention(module)
     return _with_buffers(module, cls, known)
+
+
+def _build_text_encoder(family: Family, config: Config, path: Path, files: WeightsFiles | None) -> nn.Module:
+    import torch
+    import transformers
+
+    from export.models.t5_modules import exportable
+
+    cls = getattr(transformers, family.class_name)
+    known = {key: value for key, value in config.items() if key != "_class_name"}
+    try:
+        with torch.device("meta"):
+            module = cls(cls.config_class.from_dict(known))
+    except REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
+    if files is not None:
+        _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
+    return exportable(module)
 
 
 def _with_buffers(module: nn.Module, cls: type[nn.Module], known: Config) -> nn.Module:

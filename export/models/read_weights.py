@@ -37,12 +37,14 @@ HARMLESS = (
     # x / s * s = x without the quantizer of activations, which belongs to the run and not to the model.
     (r".*\.(input_scale|scale_input)", OF_A_RANGE),
 )
+# Another name of a tensor -> its own, in files of transformers' encoders: one of the two stands there, or both.
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 # The fixed table of positions: harmless where it holds what the class computes by itself.
 POSITIONS = r"pos_embed(\.pos_embed)?"
 # sin and cos of an angle of at most 256 in float32; rounding to the file's type comes on top.
 ANGLE_ERROR = 256 * ROUNDING
 # The block that a tensor belongs to, after the name of its list of blocks.
-BLOCK = r"(.*?blocks\.)\d+\."
+BLOCK = r"(.*?blocks?\.)\d+\."
 # Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
 ATTENTION_BIAS = r".*\.(attn\d?|cross_attn)\..*\.bias"
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.
@@ -118,11 +120,20 @@ def read_weights(
     Tensors keep the file's type and stay mapped, but float8 becomes fp16 (float32 with scales). Names of the models'
     own repositories, and prefixes of wrappers, are understood. Raises ModelError naming the file and the tensor.
     """
+    import torch
+
     stored, ignored = _unwrapped(files)
     named = _in_diffusers_names(_without_scales(stored), config)
     keys = {row.key for row in stored.values()}
     for name, row in list(named.items()):
         if name not in expected:
+            if (owner := TIED.get(name)) in expected and owner not in named:
+                named[str(owner)] = named.pop(name)
+                continue
+            if owner in expected and torch.equal(row.tensor, named[str(owner)].tensor):
+                ignored[row.key] = f"the same as {owner}"
+                del named[name]
+                continue
             if (why := _harmless(name, row, positions, keys)) is None:
                 _refuse(name, named, expected, config)
             ignored[row.key] = why

@@ -13,7 +13,8 @@ ZOO = Path(__file__).parent.parent / "zoo"
 
 def find(source: str) -> tuple[Path, str]:
     """Folder or weights file, and revision ("" but for the hub), of `source`: a folder, a .safetensors file, `zoo:NAME`
-    or a hub id OWNER/NAME, with @REVISION (a branch, tag or commit) where it is not the main branch."""
+    or a hub id OWNER/NAME, with /FOLDER for a part of a pipeline other than its transformer, and with @REVISION (a
+    branch, tag or commit) where it is not the main branch."""
     if source.startswith("zoo:"):
         return _zoo_folder(source.removeprefix("zoo:")), ""
     path = Path(source).expanduser()
@@ -24,11 +25,11 @@ def find(source: str) -> tuple[Path, str]:
         return path, ""
     if source.endswith((*PICKLES, ".safetensors", ".gguf")):
         raise ModelError(f"model {source!r} is not a file here; check the path")
-    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@((?!.*\.\.)[\w./-]+))?", source):
-        return _from_cache(match[1], match[2])
+    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(\w+))?(?:@((?!.*\.\.)[\w./-]+))?", source):
+        return _from_cache(match[1], match[3], match[2])
     raise ModelError(
         f"model {source!r} is not a folder here and not a hub id; give a folder, a .safetensors file, OWNER/NAME, "
-        "OWNER/NAME@REVISION or zoo:NAME"
+        "OWNER/NAME/text_encoder, OWNER/NAME@REVISION or zoo:NAME"
     )
 
 
@@ -39,13 +40,15 @@ def _zoo_folder(name: str) -> Path:
     return ZOO / name
 
 
-def _from_cache(repository: str, revision: str | None) -> tuple[Path, str]:
+def _from_cache(repository: str, revision: str | None, part: str | None = None) -> tuple[Path, str]:
+    """part: the folder of the repository, None for itself or its transformer."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    name = f"{repository}@{revision}" if revision else repository
+    name = repository + (f"/{part}" if part else "") + (f"@{revision}" if revision else "")
     missing = f"model {name} is not in the local cache and no folder of that name exists"
-    command = f'hf download {repository} --include "transformer/*"' + (f" --revision {revision}" if revision else "")
+    wanted = part or "transformer"
+    command = f'hf download {repository} --include "{wanted}/*"' + (f" --revision {revision}" if revision else "")
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
@@ -55,6 +58,6 @@ def _from_cache(repository: str, revision: str | None) -> tuple[Path, str]:
         raise ModelError(
             f"model {name!r} is not a hub id ({reason}); give OWNER/NAME or OWNER/NAME@REVISION"
         ) from error
-    if not any((folder / part / "config.json").is_file() for part in ("", "transformer")):
-        raise EnvironmentLacksError(f"the cached {name} has no transformer; run: {command}")
-    return folder, folder.name
+    if not any((folder / place / "config.json").is_file() for place in ((part,) if part else ("", wanted))):
+        raise EnvironmentLacksError(f"the cached {name} has no {wanted}; run: {command}")
+    return folder / part if part else folder, folder.name

@@ -1,4 +1,4 @@
-"""Torch modules around a diffusers transformer: named inputs, exportable attention, weights upcast at use."""
+"""Torch modules around a model: named inputs, exportable attention, weights upcast at use."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from export.models.families import Family
+from export.models.families import Config, Family
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 
 class Denoiser(nn.Module):
-    """A diffusers transformer called with the family's inputs, by name or in the order of its table.
+    """A model called with the family's inputs, by name or in the order of its table.
 
-    The wrapped module is `transformer`; the result is the output tensor [B, C, H, W], float32.
+    The wrapped module is `transformer`; the result is the output tensor, [B, C, H, W] of a denoiser, [B, tokens, C] of
+    a text encoder, float32.
     """
 
     def __init__(self, transformer: nn.Module, family: Family, names: tuple[str, ...]) -> None:
@@ -33,6 +34,12 @@ class Denoiser(nn.Module):
                 f"{self.family.name} takes {self.names}; missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         return self.family.call(self.transformer, {name: inputs[name] for name in self.names})
+
+
+def stated_config(module: nn.Module) -> Config:
+    """The configuration of a module of diffusers, where it is a mapping, or of transformers."""
+    config = module.config
+    return config if isinstance(config, Mapping) else config.to_dict()
 
 
 class UpcastLinear(nn.Linear):

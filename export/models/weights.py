@@ -32,6 +32,8 @@ FILES = (
     "model*.safetensors",
     f"{STEM}*.safetensors.index.json",
     f"{STEM}.safetensors.index*.json",
+    "model*.safetensors.index.json",
+    "model.safetensors.index*.json",
 )
 # A name such as fp16 or non_ema; "fp16-00001-of-00002" is a shard of one.
 VARIANT = r"(?!.*\d-of-\d)[A-Za-z0-9][\w-]*"

@@ -78,8 +78,14 @@ class Manifest(TypedDict):
     tools: ReadOnly[Mapping[str, str]]
 
 
+def only(outputs: Arrays) -> NDArray[Any]:
+    """The output of a model, which has one, whatever its family calls it."""
+    (output,) = outputs.values()
+    return output
+
+
 class Engine(Protocol):
-    """A built denoiser. Inputs and outputs are NumPy arrays named as in the portable model.
+    """A built model. Inputs and outputs are NumPy arrays named as in the portable model.
 
     Both methods may be called from any number of threads at once: each call of `run` gets the results of its own
     inputs, or RecipeError in words where they do not fit (see `feeds`) or the engine is closed.

@@ -1,7 +1,8 @@
 """The reference in PyTorch: the quantized model with dequantized weights and fake-quantized activations.
 
 In float64 it is the oracle that engines are compared with; its own float32 run tells how far rounding alone leads.
-Weights stay integers (1 byte each) and are dequantized at every call, so no float copy of the model is held.
+Weights stay integers (1 byte each) and are dequantized at every call, so no float copy of the model is held; of a model
+beyond MOST_UNPACKED even these are unpacked at every call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from export.errors import ContractError
 from export.formats.attention import WEIGHT_MAX, AttentionFormats
 from export.formats.format import Format, get_format
 from export.models.attention_calls import attention_calls
-from export.models.torch_modules import Denoiser
+from export.models.torch_modules import Denoiser, stated_config
 from export.router import Router
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # Of each float type: the integer type of its size, and the mask of its exponent field.
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+# Parameters up to which integers are kept: several references of one model, a byte for each weight and each of them.
+MOST_UNPACKED = 1_000_000_000
 # Arrays of a layer that the reference computes with in its own float type.
 FLOAT_ARRAYS = (
     "scales", "bias", "activation_scale", "activation_zero", "input_multiplier", "input_offset", "lora_down", "lora_up",
@@ -105,9 +108,12 @@ class FakeQuantLinear(nn.Module):
     """One quantized linear. `layer_name` finds it again, for example in a hook that records its input.
 
     routing: which low-rank branch is active, shared with the other layers (`fake_quant` does so); None: its own.
+    unpacked: are its integers kept, or unpacked anew at every call?
     """
 
-    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype, routing: Routing | None = None) -> None:
+    def __init__(
+        self, layer: QuantizedLinear, dtype: torch.dtype, routing: Routing | None = None, unpacked: bool = True
+    ) -> None:
         super().__init__()
         self.layer_name, self.in_features, self.out_features = layer.name, layer.in_features, layer.out_features
         self.activation_format = get_format(layer.activation_format)
@@ -120,17 +126,27 @@ class FakeQuantLinear(nn.Module):
         self.unit = 2.0 ** -get_format(layer.weight_format).fraction_bits
         integers = layer.integers()
         smallest = np.min_scalar_type(-int(np.abs(integers).max(initial=1)))  # int8 for every embedded format
-        self.register_buffer("integers", torch.from_numpy(integers.astype(smallest, copy=False)), persistent=False)
+        kept = torch.from_numpy(integers.astype(smallest, copy=False)) if unpacked else None
+        self.packed = None if unpacked else layer
+        self.register_buffer("kept_integers", kept, persistent=False)
         largest = self.activation_format.kmax * float(np.abs(integers).sum(axis=1, dtype=np.int64).max(initial=0))
         one_scale = layer.activation_scaling == "per_token" and layer.scales.shape[1] == 1
         self.sums_integers = dtype == torch.float64 and one_scale and largest < 2.0**24
 
     @property
+    def integers(self) -> torch.Tensor:
+        """[N, K]: those of the weight's codes, its group multipliers folded in."""
+        if self.packed is not None:
+            return torch.from_numpy(self.packed.integers())
+        return self.get_buffer("kept_integers")
+
+    @property
     def weight(self) -> torch.Tensor:
         """[N, K], dequantized now, in the type of `scales`; only the product with the scale rounds."""
-        integers, scales = self.get_buffer("integers"), self.get_buffer("scales")
-        grouped = (integers.to(scales.dtype) * self.unit).unflatten(1, (scales.shape[1], -1))
-        return (grouped * scales[..., None]).flatten(1)
+        integers, scales = self.integers, self.get_buffer("scales")
+        weight = integers.to(scales.dtype).mul_(self.unit)  # one array of that size, of a copy
+        weight.unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None])
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.integer_product(x) if self.sums_integers else self.product(x)
@@ -146,7 +162,7 @@ class FakeQuantLinear(nn.Module):
         fmt, balanced = self.activation_format, self.balanced(x)
         scale = token_scale(fmt, balanced)
         codes = (round_to_format(fmt, balanced / scale) * 2.0**fmt.fraction_bits).float()
-        total = nn.functional.linear(codes, self.get_buffer("integers").float()).double()
+        total = nn.functional.linear(codes, self.integers.float()).double()
         y = total * (self.unit * 2.0**-fmt.fraction_bits) * scale * self.get_buffer("scales")[:, 0]
         return y if self.bias is None else y + self.bias
 
@@ -247,7 +263,9 @@ def fake_quant(
         raise ContractError("no quantized layer was given; calibrate the model first, or run the float model itself")
     router = shared_router(layers)
     routing = None if router is None else Routing(router)
-    module = reference_module(model, {layer.name: FakeQuantLinear(layer, dtype, routing) for layer in layers}, dtype)
+    unpacked = model.parameters <= MOST_UNPACKED
+    linears = {layer.name: FakeQuantLinear(layer, dtype, routing, unpacked) for layer in layers}
+    module = reference_module(model, linears, dtype)
     if attention is not None:
         module = AttentionDenoiser(module, attention).eval()
     if routing is not None:
@@ -275,7 +293,13 @@ def _tell_timesteps(routing: Routing, module: Denoiser, args: tuple[Tensor, ...]
 
 
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
-    """Give this module (not its children) float tensors of `dtype`, without touching tensors shared with others."""
+    """Give this module (not its children) float tensors of `dtype`, without touching tensors shared with others.
+
+    A table that is only looked up keeps its type, and what is found is converted: a vocabulary is large.
+    """
+    if isinstance(part, nn.Embedding):
+        part.register_forward_hook(lambda _, __, rows: rows.to(dtype))
+        return
     for name, value in list(part.named_parameters(recurse=False)):
         part.register_parameter(name, nn.Parameter(value.to(dtype), requires_grad=False))
     for name, value in list(part.named_buffers(recurse=False)):
@@ -293,6 +317,7 @@ class ReferenceEngine:
         self.module, self.dtype = module, dtype
         self.lock = threading.Lock()
         self.declared = declared_inputs(module)
+        self.output = module.family.output if isinstance(module, Denoiser) else "sample"
 
     def run(self, inputs: Arrays) -> Arrays:
         """Float inputs are converted to the engine's type; the output has that type. Raises RecipeError for inputs that
@@ -302,7 +327,7 @@ class ReferenceEngine:
             feeds.check_feeds(self.declared, inputs, cast=True, bounded=False)
         tensors = {name: self._tensor(value) for name, value in inputs.items()}
         with self.lock, torch.inference_mode():
-            return {"sample": self.module(**tensors).numpy()}
+            return {self.output: self.module(**tensors).numpy()}
 
     def _tensor(self, value: NDArray[np.generic]) -> torch.Tensor:
         """A copy, so that the caller may overwrite what it passed."""
@@ -318,5 +343,5 @@ def declared_inputs(module: nn.Module) -> tuple[feeds.Declared, ...]:
     config = getattr(module.transformer, "config", None) if isinstance(module, Denoiser) else None
     if config is None:
         return ()
-    rows = {row.name: row for row in module.family.inputs(dict(config))}
+    rows = {row.name: row for row in module.family.inputs(stated_config(module.transformer))}
     return tuple(feeds.Declared(name, rows[name].dtype, rows[name].shape) for name in module.names)

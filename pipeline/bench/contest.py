@@ -19,14 +19,14 @@ from typing_extensions import TypedDict
 from export.models.description import Description, sample_inputs
 from pipeline import machine
 from pipeline.backends import BACKENDS, tool_versions
-from pipeline.backends.base import Arrays
+from pipeline.backends.base import Arrays, only
 from pipeline.bench.convert import FloatModel
 from pipeline.bench.measure import CALL_ROUNDS, CALLS_BUDGET_S, Spread, Timing, shown_milliseconds, shown_times
 from pipeline.bench.peers import Entry, entries, reference
 from pipeline.bench.runners import Spec
 from pipeline.bench.worker import Worker, WorkerError, load_arrays, save_arrays, save_case
 from pipeline.distance import sqnr_db
-from pipeline.generate.case import described_case
+from pipeline.generate.case import Case, described_case
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -145,9 +145,9 @@ def _started(entry: Entry, given: Given, folder: Path, loads: int, warm: bool, s
 
 
 def _sqnr_db(expected: Arrays | None, outputs: Arrays) -> float | None:
-    if not np.isfinite(outputs["sample"]).all():
+    if not np.isfinite(only(outputs)).all():
         raise WorkerError("its outputs are not all finite")
-    value = math.inf if expected is None else sqnr_db(expected["sample"], outputs["sample"])
+    value = math.inf if expected is None else sqnr_db(only(expected), only(outputs))
     return value if math.isfinite(value) else None
 
 
@@ -189,7 +189,8 @@ def beside_peers(
     inputs = sample_inputs(model, size.batch_size, size.seed, size.height, size.width)
     work_dir.mkdir(parents=True, exist_ok=True)
     fed = save_arrays(work_dir / "inputs.npz", inputs)
-    case = save_case(work_dir / "case.npz", described_case(model, recipe, 1))
+    described = described_case(model, recipe, 1)
+    case = save_case(work_dir / "case.npz", described) if isinstance(described, Case) else None
     # Slow targets draw for minutes.
     ours = [
         Entry(name, Spec("engine", threads, str(bundle), name), is_ours=True, draws=not BACKENDS[name].slow)

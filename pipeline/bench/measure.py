@@ -20,7 +20,7 @@ from pipeline import machine
 from pipeline.backends import BACKENDS, tool_versions
 from pipeline.backends.base import Engine
 from pipeline.bench.baselines import Contestant, peak_memory
-from pipeline.generate.case import Case, described_case
+from pipeline.generate.case import AnyCase, Case, described_case
 from pipeline.recipe import Recipe
 
 SCHEMA_VERSION = 1
@@ -119,7 +119,7 @@ def bench(
         "schema_version": SCHEMA_VERSION,
         "engine": recipe.name,
         "batch_size": size.batch_size,
-        "image": {"pictures": len(case.noise), "n_steps": case.n_steps, "guidance_scale": case.guidance_scale},
+        "image": _image(case),
         "shapes": {name: list(value.shape) for name, value in inputs.items()},
         "interleaved": True,
         "threads": threads,
@@ -129,6 +129,13 @@ def bench(
         "code": machine.code_version(),
         "machine": machine.facts(),
     }
+
+
+def _image(case: AnyCase) -> dict[str, float]:
+    """Of a text encoder no picture."""
+    if not isinstance(case, Case):
+        return {"pictures": 0, "n_steps": 1, "guidance_scale": 1.0}
+    return {"pictures": len(case.noise), "n_steps": case.n_steps, "guidance_scale": case.guidance_scale}
 
 
 def measured(targets: Iterable[str]) -> tuple[str, ...]:
@@ -165,11 +172,13 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def picture_timings(runners: list[Contestant], case: Case, calls: Mapping[str, Timing]) -> dict[str, Timing]:
+def picture_timings(runners: list[Contestant], case: AnyCase, calls: Mapping[str, Timing]) -> dict[str, Timing]:
     """Whole pictures. Where a round of them would burst the budget, steps times the median call stands in, marked so.
 
-    A guided call has twice the rows of a plain one, which is counted.
+    A guided call has twice the rows of a plain one, which is counted. A text encoder's call is all there is.
     """
+    if not isinstance(case, Case):
+        return dict(calls)
     guided = 2 if case.guidance_scale != 1.0 else 1
     expected = {name: float(np.median(row.seconds)) * case.n_steps * guided for name, row in calls.items()}
     if sum(expected.values()) * (PICTURE_ROUNDS[0] + 1) > PICTURES_BUDGET_S:
@@ -194,18 +203,19 @@ def summary(document: Document) -> tuple[list[str], list[list[str]]]:
     Times are medians in ms; the last columns say how many times as fast as the row each engine's call is.
     """
     engines = document["ratios"]
-    header = ["", "call, ms", "p10-p90", "picture, ms", "weights, MB", "peak memory, MB"]
+    draws = document["image"].get("pictures") != 0
+    header = ["", "call, ms", "p10-p90", *(["picture, ms"] * draws), "weights, MB", "peak memory, MB"]
     header += [f"{engine} faster by" for engine in engines]
     return header, [
-        [name, *_figures(row), *(shown_times(engines[engine].get(name)) for engine in engines)]
+        [name, *_figures(row, draws), *(shown_times(engines[engine].get(name)) for engine in engines)]
         for name, row in document["contestants"].items()
     ]
 
 
-def _figures(row: ContestantRow) -> list[str]:
+def _figures(row: ContestantRow, draws: bool) -> list[str]:
     call, picture, peak = row["call_ms"], row["image_ms"], row["peak_rss_bytes"]
     spread = f"{shown_milliseconds(call['p10'])}-{shown_milliseconds(call['p90'])}"
-    times = [shown_milliseconds(call["median"]), spread, shown_milliseconds(picture["median"])]
+    times = [shown_milliseconds(call["median"]), spread, *([shown_milliseconds(picture["median"])] * draws)]
     return [*times, f"{row['weights_bytes'] / 1e6:.1f}", "-" if peak is None else f"{peak / 1e6:.0f}"]
 
 
@@ -222,6 +232,11 @@ def shown_times(ratio: float | None) -> str:
 def conditions(document: Document) -> str:
     """What was measured, how, and where, in a few words."""
     picture, here = document["image"], document["machine"]
+    if picture.get("pictures") == 0:
+        return (
+            f"{document['engine']}, batch size {document['batch_size']}, {document['threads']} threads on "
+            f"{here['cpu']}: medians of rounds that call all in turn."
+        )
     guided = f", guidance {picture['guidance_scale']:g}" if picture["guidance_scale"] != 1 else ""
     derived = any("derived" in row["image_ms"] for row in document["contestants"].values())
     timed = "the time of its calls" if derived else "drawn"

@@ -106,9 +106,10 @@ class OnnxRunner:
 
     def __init__(self, path: Path, threads: int) -> None:
         self.sessions = [open_stock_session(path, threads)]
+        self.names = [output.name for output in self.sessions[0].get_outputs()]
 
     def run(self, inputs: Arrays) -> Arrays:
-        return {"sample": self.sessions[0].run(["sample"], inputs)[0]}
+        return dict(zip(self.names, self.sessions[0].run(self.names, inputs), strict=True))
 
     def forget(self) -> None:
         """It keeps nothing."""

@@ -10,13 +10,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
+from export.errors import RecipeError
 from pipeline import machine
-from pipeline.backends.side_by_side import single_threaded_torch
+from pipeline.backends.side_by_side import side_by_side, single_threaded_torch
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
 from pipeline.calibrate.state import CalibrationState, copy_finished, load_named, refuse_unfinished
@@ -32,7 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
-    """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is."""
+    """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is.
+
+    Of a text encoder, which has no steps and no guidance, it asks for none. Raises RecipeError for a method that looks
+    at steps.
+    """
+    if not model.family.steps:
+        recipe = replace(recipe, sampling=replace(recipe.sampling, n_steps=1, guidance_scale=1.0))
+        if recipe.calibrate.method in METHODS and METHODS[recipe.calibrate.method].steps:
+            fitting = ", ".join(name for name, row in METHODS.items() if not row.steps)
+            raise RecipeError(
+                f"calibrate.method {recipe.calibrate.method} looks at the steps of a sampler, and {model.source} is a "
+                f"text encoder, which has none; use one of {fitting}"
+            )
     chosen = settled(recipe, model.parameters)
     if chosen is not recipe:
         words = "calibrate.method auto: %s for %.1f M parameters; --set method=NAME takes another"
@@ -86,10 +100,24 @@ def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationStat
     """Quantize the units that are left. What is observed is let go with this call, before the method finishes."""
     units = _group(plans, method.context.recipe)
     left = [name for name, group in units.items() if not state.has_all(group)]
-    observes = _observes(method.context.recipe)
-    work = _observed(method, units, left, state) if observes else (Unit(name, units[name]) for name in left)
-    for unit in track(work, len(units), "calibrate", len(units) - len(left)):
-        state.add(method.quantize(unit))
+    finished = _finished(method, units, left, state)
+    for layers in track(finished, len(units), "calibrate", len(units) - len(left)):
+        state.add(layers)
+
+
+def _finished(
+    method: Method, units: dict[str, list[LayerPlan]], left: Sequence[str], state: CalibrationState
+) -> Iterator[list[QuantizedLinear]]:
+    """The layers of each unit that is left, in order; layers that are looked at by themselves are quantized side by
+    side."""
+    if _observes(method.context.recipe):
+        for unit in _observed(method, units, left, state):
+            yield method.quantize(unit)
+        return
+    threads = machine.threads()
+    for place in range(0, len(left), threads):
+        together = [Unit(name, units[name]) for name in left[place : place + threads]]
+        yield from side_by_side([partial(method.quantize, unit) for unit in together], threads)
 
 
 def _make_method(model: LoadedModel, recipe: Recipe, plans: Sequence[LayerPlan], folder: Path) -> Method:

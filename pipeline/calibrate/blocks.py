@@ -16,7 +16,7 @@ from torch import nn
 from export.checkpoint import QuantizedLinear
 from export.models.families import shared_names
 from export.models.load import LoadedModel, denoiser
-from export.models.torch_modules import Denoiser
+from export.models.torch_modules import Denoiser, stated_config
 from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.plan import LayerPlan
@@ -233,7 +233,7 @@ class BlockRunner:
 @torch.no_grad()
 def looks_like_chain(module: Denoiser, blocks: Sequence[str], inputs: Arrays) -> bool:
     """Does every block get its predecessor's output and otherwise what the first one gets?"""
-    shared = shared_names(module.family.inputs(module.transformer.config))
+    shared = shared_names(module.family.inputs(stated_config(module.transformer)))
     calls: list[BlockCall] = []
     outputs: list[torch.Tensor] = []
     with ExitStack() as stack:

@@ -23,7 +23,7 @@ from export.errors import ModelError, RecipeError
 from pipeline.backends.base import Arrays
 from pipeline.files import sha256_json, write_json
 from pipeline.generate import pipeline_folder
-from pipeline.generate.case import Case, example_prompts, make_case
+from pipeline.generate.case import AnyCase, Case, example_prompts, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -43,15 +43,17 @@ SEED_OFFSET = 7919
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call: `inputs` of a batch [B, ...], all at one step of the sampler, with model input `timestep`."""
+    """One call of a model: `inputs` of a batch [B, ...], of a denoiser all at one step of the sampler, with model input
+    `timestep`, which is 0 of a text encoder. streamed: the input that counts samples."""
 
     inputs: Arrays
     timestep: float
     step: int
+    streamed: str = "hidden_states"
 
     @property
     def samples(self) -> int:
-        return len(self.inputs["hidden_states"])
+        return len(self.inputs[self.streamed])
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def calibration_data(model: LoadedModel, recipe: Recipe) -> CalibrationData:
             )
         write_json(folder / ORIGIN_FILE, origin | {"files": names})  # last: without it the folder is an unfinished one
     logger.info("calibration data in %s", folder)
-    return CalibrationData(tuple(_load(folder / name) for name in names), recipe.sampling.n_steps)
+    streamed = model.family.streamed
+    return CalibrationData(tuple(_load(folder / name, streamed) for name in names), recipe.sampling.n_steps)
 
 
 def content(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
@@ -123,7 +126,10 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
     if root is not None:
         return tuple(pipeline_folder.example_prompts(model, settings.size, settings.seed + SEED_OFFSET))
     if not described:
-        logger.warning("%s has no text encoder: calibration sees random conditioning", model.source)
+        if model.family.steps:
+            logger.warning("%s has no text encoder: calibration sees random conditioning", model.source)
+        else:
+            logger.warning("%s: calibration sees random token ids", model.source)
         return ("random",) * settings.size
     return tuple(example_prompts(load_generation(model.folder), settings.size, settings.seed + SEED_OFFSET))
 
@@ -152,7 +158,9 @@ def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dic
 
 
 def _root(model: LoadedModel) -> Path | None:
-    """The pipeline that samples this model, if it is not sampled by the description beside it."""
+    """The pipeline that samples this model, if it is not sampled by the description beside it, or a text encoder."""
+    if not model.family.steps:
+        return None
     return None if (model.folder / GENERATION_FILE).is_file() else pipeline_folder.pipeline_root(model)
 
 
@@ -182,16 +190,16 @@ def _collect(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], folde
             sampler.draw(part, recipe.calibrate.seed + SEED_OFFSET + start, keep)
         else:  # by the description beside the model, or from random conditioning
             case = _case(model, recipe, part, number)
-            set_resolution(engine.module, *case.noise.shape[2:])
+            set_resolution(engine.module, *case.cells)
             case.draw(engine.run, keep)
 
 
-def _case(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], number: int) -> Case:
-    """Conditioning and noise of one batch of prompts."""
+def _case(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...], number: int) -> AnyCase:
+    """Conditioning and noise of one batch of prompts, or a text encoder's call with them."""
     seed = recipe.calibrate.seed + SEED_OFFSET + number
     sampling = replace(recipe.sampling, seed=seed, batch_size=len(prompts))
     case = make_case(model, replace(recipe, sampling=sampling), len(prompts))
-    if prompts[0] == "random":
+    if not isinstance(case, Case) or prompts[0] == "random":
         return case
     return replace(case, prompts=prompts, conditioning=load_generation(model.folder).encode(list(prompts)))
 
@@ -234,6 +242,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _load(path: Path) -> Call:
+def _load(path: Path, streamed: str) -> Call:
     inputs = load_file(path)
-    return Call(inputs, float(inputs["timestep"][0]), int(path.stem.rpartition("step")[2]))
+    timestep = float(inputs["timestep"][0]) if "timestep" in inputs else 0.0
+    return Call(inputs, timestep, int(path.stem.rpartition("step")[2]), streamed)

@@ -1,18 +1,19 @@
-"""The pictures that an engine is verified and measured on: prompts, noise and sampler."""
+"""What an engine is verified and measured on: pictures of a denoiser by prompts, noise and sampler, or prompts that a
+text encoder is called with."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.models.description import Description, sample_inputs
+from export.models.description import NO_CELLS, Cells, Description, sample_inputs
 from export.models.families import STEP_INPUTS
-from pipeline.backends.base import Arrays
+from pipeline.backends.base import Arrays, only
 from pipeline.generate.conditioning import GENERATION_FILE, Conditioning, Generation, load_generation
 from pipeline.generate.sampling import make_sampler, sample, take_samples
 from pipeline.generate.scene_grammar import ALONE, NONE
@@ -44,6 +45,13 @@ class Case:
     guidance_scale: float
     output: str
     shared: frozenset[str] = frozenset()
+    makes_pictures: ClassVar[bool] = True
+
+    @property
+    def cells(self) -> Cells:
+        """Height and width of the noise."""
+        height, width = self.noise.shape[2:]
+        return height, width
 
     def draw(self, run: Run, on_step: Callable[[int, Arrays, Arrays], None] | None = None) -> NDArray[np.float32]:
         """Pictures (or latents) [B, C, H, W] by this denoiser."""
@@ -65,13 +73,54 @@ class Case:
         return replace(self, prompts=self.prompts[:count], conditioning=(prompted, plain), noise=self.noise[:count])
 
 
-def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> Case:
+@dataclass(frozen=True)
+class TextCase:
+    """What a text encoder is called with: one call for all prompts. call: its inputs [prompts, tokens].
+
+    It is one step of a way of one step, whose end is the embeddings [prompts, tokens, C].
+    """
+
+    prompts: tuple[str, ...]
+    call: Arrays
+    shared: frozenset[str] = frozenset()
+    makes_pictures: ClassVar[bool] = False
+    n_steps: ClassVar[int] = 1
+    cells: ClassVar[Cells] = NO_CELLS
+
+    def draw(self, run: Run, on_step: Callable[[int, Arrays, Arrays], None] | None = None) -> NDArray[np.float32]:
+        """The embeddings of all prompts by this encoder."""
+        raise_if_stopped()
+        outputs = run(self.call)
+        if on_step is not None:
+            on_step(0, self.call, outputs)
+        return only(outputs)
+
+    def shown(self, output: NDArray[DType]) -> NDArray[DType]:
+        """All of an output."""
+        return output
+
+    def first(self, count: int) -> TextCase:
+        """The case of the first `count` prompts alone."""
+        return replace(self, prompts=self.prompts[:count], call=take_samples(self.call, slice(count), self.shared))
+
+
+AnyCase = Case | TextCase
+
+
+def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> AnyCase:
     """As `described_case`. pictures: 0 for as many as a verification of this model needs."""
     least = recipe.sampling.batch_size
     return described_case(model, recipe, pictures or (least if is_large(model) else max(least, SMALL_PICTURES)))
 
 
-def described_case(model: Description, recipe: Recipe, count: int) -> Case:
+def described_case(model: Description, recipe: Recipe, count: int) -> AnyCase:
+    """As `picture_case`; of a text encoder random ids of as many prompts, of random lengths."""
+    if model.family.steps:
+        return picture_case(model, recipe, count)
+    return TextCase(("random",) * count, sample_inputs(model, count, recipe.sampling.seed), model.shared)
+
+
+def picture_case(model: Description, recipe: Recipe, count: int) -> Case:
     """Prompts, noise and sampler of `count` pictures by the recipe; a model without generation.json gets random
     conditioning."""
     sampling, seed = recipe.sampling, recipe.sampling.seed

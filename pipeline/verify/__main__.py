@@ -14,7 +14,7 @@ from export.models.config import FILE as CONFIG
 from export.models.config import read_config
 from pipeline import machine
 from pipeline import recipe as recipes
-from pipeline.backends import BACKENDS, opened
+from pipeline.backends import BACKENDS, PORTABLE, opened
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.metadata_file import LoweredHashes
 from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
@@ -59,6 +59,11 @@ def verify_bundle(
     if model.sha256 != original.manifest["model"]["sha256"]:
         remedy = "name the model that the bundle was built from with -m"
         raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
+    if PORTABLE not in original.targets:
+        raise ContractError(
+            f"{original.path} has no portable model, from which engines are lowered again; it was built with "
+            "--drop-portable, build it without"
+        )
     with original.copied() as bundle, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         refuse_other_description(bundle, model)
         layers = read_layers(bundle.path / "model.onnx")

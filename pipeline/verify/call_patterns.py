@@ -47,6 +47,7 @@ class Setting(StrEnum):
     MASK_ALONE = "mask changed alone"
     NEAR = "condition nearly the same"
     NAN_FIRST = "NaN in the first sample"
+    PADDING = "other ids in the padding"
     THREADS = "2 threads"
     STEADY = "steady state"
     PROMPTED = "with a prompt"
@@ -58,15 +59,15 @@ class Traits:
     """What is special about one sample of one call.
 
     batch: samples of the call, `place`: which it is. tokens: the longest caption's, None without one. mask: "full", or
-    "partial" or "empty" if one of several is, None without one. latent: the largest of its latents. other_timestep,
-    other_condition, other_mask: than the first sample's. setting: what the call was made for, None for its size. rows:
-    the samples of the call, of their pool.
+    "partial" or "empty" if one of several is, None without one. latent: the largest of its latents; a text encoder has
+    none, and no timestep. other_timestep, other_condition, other_mask: than the first sample's. setting: what the call
+    was made for, None for its size. rows: the samples of the call, of their pool.
     """
 
     batch: int
     place: int
-    timestep: float
-    latent: float
+    timestep: float | None = None
+    latent: float | None = None
     tokens: int | None = None
     mask: str | None = None
     label: int | None = None
@@ -78,29 +79,31 @@ class Traits:
 
 
 NO_TRAITS = Traits(batch=1, place=0, timestep=math.nan, latent=math.nan)
+LATENTS, TIMESTEP = "hidden_states", "timestep"
 
 
 def traits_of(
     inputs: Mapping[str, Array], place: int, setting: Setting | None = None, rows: tuple[int, ...] = ()
 ) -> Traits:
     """Of sample `place` of a call with these inputs."""
-    batch = len(inputs["hidden_states"])
+    latents = inputs.get(LATENTS)
+    batch = len(next(iter(inputs.values())) if latents is None else latents)
     with_rows = {name: array for name, array in inputs.items() if array.ndim and len(array) == batch}
     condition = {name: array for name, array in with_rows.items() if name not in STEP_INPUTS}
-    captions = [array.shape[1] for array in condition.values() if array.ndim == 3]
+    captions = [array.shape[1] for array in condition.values() if array.ndim == (2 if latents is None else 3)]
     of_masks = [array for name, array in condition.items() if "mask" in name]
     seen = [float(np.mean(array[place] != 0)) for array in of_masks]  # shares of the tokens
     labels = [int(array[place]) for name, array in condition.items() if name == "class_labels"]
-    times = np.broadcast_to(inputs["timestep"], batch)
+    times = np.broadcast_to(inputs.get(TIMESTEP, math.nan), batch)
     return Traits(
         batch=batch,
         place=place,
-        timestep=float(times[place]),
-        latent=float(np.abs(inputs["hidden_states"][place]).max()),
+        timestep=float(times[place]) if TIMESTEP in inputs else None,
+        latent=None if latents is None else float(np.abs(latents[place]).max()),
         tokens=max(captions, default=None),
         mask=None if not seen else "empty" if 0 in seen else "partial" if min(seen) < 1 else "full",
         label=labels[0] if labels else None,
-        other_timestep=bool(times[place] != times[0]),
+        other_timestep=TIMESTEP in inputs and bool(times[place] != times[0]),
         other_condition=any(not np.array_equal(array[place], array[0]) for array in condition.values()),
         other_mask=any(not np.array_equal(array[place], array[0]) for array in of_masks),
         setting=setting,
@@ -242,6 +245,7 @@ SETTING_CAUSES: Mapping[str, str] = {
     Setting.NEAR: "a condition counts as unchanged while it is close to the one before",
     Setting.MASK_ALONE: "masks are not compared when it is decided whether a condition changed",
     Setting.NAN_FIRST: "samples see each other, or NaN is clipped or becomes a code",
+    Setting.PADDING: "tokens read the padding: the mask is not applied, or too weak",
     Setting.STEADY: "something adds up or is used up from call to call",
     Setting.THREADS: "callers share a slot or a buffer",
 }

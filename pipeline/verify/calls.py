@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.backends.base import Arrays
+from pipeline.backends.base import Arrays, only
 from pipeline.distance import Array, sqnr_db
-from pipeline.generate.case import Case, Run, is_large
+from pipeline.generate.case import AnyCase, Case, Run, TextCase, is_large
 from pipeline.generate.sampling import TRAIN_STEPS, make_sampler, take_samples
 from pipeline.progress import ending_with, raise_if_stopped
 from pipeline.signals import as_completed
@@ -82,7 +82,7 @@ class Call:
     setting: Setting | tuple[Setting, ...] | None = None
 
 
-def make_pools(model: LoadedModel, case: Case) -> dict[str, Arrays]:
+def make_pools(model: LoadedModel, case: AnyCase) -> dict[str, Arrays]:
     """Inputs by pool; every array with a batch axis holds one row for each sample."""
     return {spec.name: _pool(spec, model, case) for spec in POOLS}
 
@@ -91,10 +91,15 @@ def make_calls(model: LoadedModel, pools: dict[str, Arrays]) -> list[Call]:
     """One call for each row of BATCHES."""
     calls = []
     for size, pool in BATCHES:
-        rows = tuple(i % len(pools[pool]["timestep"]) for i in range(size))
+        rows = tuple(i % samples_in(pools[pool], model.shared) for i in range(size))
         call = rows_of(pool, rows, pools[pool], model.shared)
         calls.append(replace(call, text=f"{call.text}{_caption(model.inputs, call.inputs)}"))
     return calls
+
+
+def samples_in(pool: Arrays, shared: frozenset[str]) -> int:
+    """How many samples a pool has."""
+    return next(len(value) for name, value in pool.items() if name not in shared)
 
 
 def rows_of(name: str, rows: tuple[int, ...], pool: Arrays, shared: frozenset[str]) -> Call:
@@ -107,14 +112,37 @@ def _caption(rows: Sequence[Input], inputs: Arrays) -> str:
     return f", {max(lengths)} caption token{'s' * (max(lengths) > 1)}" if lengths else ""
 
 
-def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
+def _pool(spec: PoolSpec, model: LoadedModel, case: AnyCase) -> Arrays:
+    times = spec.timesteps[: spec.large] if is_large(model) else spec.timesteps
+    if isinstance(case, TextCase):
+        return _prompts(spec, model, case, len(times))
+    return _pictures(spec, model, case, times)
+
+
+def _prompts(spec: PoolSpec, model: LoadedModel, case: TextCase, count: int) -> Arrays:
+    """Samples of `spec` for a text encoder: ids of their own. The longest have distances beyond the last that is told
+    apart."""
+    from export.models.load import sample_inputs
+
+    tokens = _tokens(spec, model, case.call)
+    if spec.name == LONGEST:
+        tokens = max(tokens, model.config.get("relative_attention_max_distance", 0) + ODD_TOKENS)
+    inputs = sample_inputs(model, count, 1 + POOLS.index(spec), tokens=tokens)
+    for row in model.inputs:
+        if row.fill == "mask":
+            mask = _masks(inputs[row.name].shape, spec.first_mask)
+            mask[:, 0] = 1  # a prompt has a token at least, its end
+            inputs[row.name] = mask.astype(row.dtype)
+    return inputs
+
+
+def _pictures(spec: PoolSpec, model: LoadedModel, case: Case, times: Sequence[float]) -> Arrays:
     """Samples of `spec`: conditions from the case's prompts (and their empty ones) in turn, latents of their own."""
     from export.models.load import sample_inputs
 
-    times = spec.timesteps[: spec.large] if is_large(model) else spec.timesteps
     height, width = (side * model.pixels_per_cell for side in case.noise.shape[2:])
     seed = 1 + POOLS.index(spec)
-    inputs = sample_inputs(model, len(times), seed, height, width, _tokens(spec, model, case))
+    inputs = sample_inputs(model, len(times), seed, height, width, _tokens(spec, model, case.conditioning[0]))
     top = make_sampler(case.sampler, TRAIN_STEPS, case.timestep_scale).timesteps.max()
     for row in model.inputs:
         value = inputs[row.name]
@@ -134,9 +162,9 @@ def _pool(spec: PoolSpec, model: LoadedModel, case: Case) -> Arrays:
     return inputs
 
 
-def _tokens(spec: PoolSpec, model: LoadedModel, case: Case) -> int:
-    """Caption length of a pool; the longest is the family's own, or the case's where that is longer."""
-    lengths = [case.conditioning[0][row.name].shape[1] for row in model.inputs if "tokens" in row.shape]
+def _tokens(spec: PoolSpec, model: LoadedModel, condition: Arrays) -> int:
+    """Caption length of a pool; the longest is the family's own, or the case's condition's where that is longer."""
+    lengths = [condition[row.name].shape[1] for row in model.inputs if "tokens" in row.shape]
     return {ONE: 1, ODD: ODD_TOKENS, LONGEST: max([model.family.tokens, *lengths])}[spec.name]
 
 
@@ -183,7 +211,7 @@ class SampleError:
 
 def call_errors(calls: Sequence[Call], exact: dict[str, Array], run: Run) -> list[SampleError]:
     """Every sample of every call. Judged when all have been made: a result may not change under its caller's hands."""
-    outputs = [run(call.inputs)["sample"] for call in calls]
+    outputs = [only(run(call.inputs)) for call in calls]
     pairs = zip(calls, outputs, strict=True)
     return [error for call, output in pairs for error in sample_errors(call, exact, output)]
 
@@ -198,11 +226,17 @@ def sample_errors(call: Call, exact: dict[str, Array], output: Array) -> list[Sa
         signs: list[Sign | None] = [sign] * len(expected)
     else:
         values = [sqnr_db(*pair) for pair in zip(expected, output, strict=True)]
-        signs = [sign_of(one, row, exact[call.pool], call.rows) for one, row in zip(output, call.rows, strict=True)]
+        of_pool, of_call = _channels_first(exact[call.pool]), _channels_first(output)
+        signs = [sign_of(one, row, of_pool, call.rows) for one, row in zip(of_call, call.rows, strict=True)]
     settings = call.setting if isinstance(call.setting, tuple) else (call.setting,) * len(values)
     traits = [traits_of(call.inputs, i, setting, call.rows) for i, setting in enumerate(settings)]
     columns = enumerate(zip(values, call.rows, traits, signs, strict=True))
     return [SampleError(call.text, i, value, call.pool, row, of, sign) for i, (value, row, of, sign) in columns]
+
+
+def _channels_first(outputs: Array) -> Array:
+    """[B, C, ...], of pictures [B, C, H, W] or tokens [B, tokens, C]."""
+    return outputs.swapaxes(1, 2) if outputs.ndim == 3 else outputs
 
 
 @dataclass(frozen=True)
@@ -241,7 +275,7 @@ def state_result(
 
     repeats = _Repeats(run, calls_before)
     pool = pools[pair.pool]
-    first, second, last = pair.rows[0], pair.rows[1], len(pool["timestep"]) - 1
+    first, second, last = pair.rows[0], pair.rows[1], samples_in(pool, model.shared) - 1
     orders = (first, second), (first, last), (second, last), (last, first)
     changed = [variation(Setting.CHANGED, rows_of(pair.pool, rows, pool, model.shared)) for rows in orders]
     outputs = [repeats.judged(call) for call in changed]
@@ -262,10 +296,15 @@ def state_result(
     repeats.output(other_mask, of_other_mask)
     repeats.judged(changed[2], outputs[2])
 
-    near = variation(Setting.NEAR, changed[2], changed[2].inputs | _nearly_the_same(model, changed[2].inputs))
-    after_its_like = repeats.output(near)
-    repeats.output(variation(Setting.NAN_FIRST, changed[3], with_nan(changed[3].inputs)), _spoilt(outputs[3], reach))
-    repeats.output(near, after_its_like)  # after another condition
+    if model.family.steps:
+        near = variation(Setting.NEAR, changed[2], changed[2].inputs | _nearly_the_same(model, changed[2].inputs))
+        after_its_like = repeats.output(near)
+        of_nan = variation(Setting.NAN_FIRST, changed[3], with_nan(changed[3].inputs))
+        repeats.output(of_nan, _spoilt(outputs[3], reach))
+        repeats.output(near, after_its_like)  # after another condition
+    else:
+        for call, output in zip(changed, outputs, strict=True):
+            repeats.output(variation(Setting.PADDING, call, other_padding(model, call.inputs)), output)
 
     alone = repeats.output(single)
     while repeats.count < STEADY_CALL - 1:
@@ -303,7 +342,7 @@ class _Repeats:
 
     def output(self, call: Call, earlier: Array | None = None) -> Array:
         """Make a call; earlier: the result of an equal one."""
-        output = self.run(call.inputs)["sample"]
+        output = only(self.run(call.inputs))
         if earlier is not None:
             self.equal.append((call, output, earlier))
         return output
@@ -325,8 +364,16 @@ def with_nan(inputs: Arrays) -> Arrays:
 def nan_reach(run: Run, pools: Mapping[str, Arrays], shared: frozenset[str]) -> NDArray[np.bool_]:
     """[C, H, W]: which numbers of a denoiser's result for the last sample of the pool LONGEST `with_nan` makes NaN."""
     pool = pools[LONGEST]
-    last = rows_of(LONGEST, (len(pool["timestep"]) - 1,), pool, shared)
-    return np.isnan(run(with_nan(last.inputs))["sample"][0])
+    last = rows_of(LONGEST, (samples_in(pool, shared) - 1,), pool, shared)
+    return np.isnan(only(run(with_nan(last.inputs)))[0])
+
+
+def other_padding(model: LoadedModel, inputs: Arrays) -> Arrays:
+    """A text encoder's call with another id in the place of every token that its mask leaves out."""
+    ids, mask = (inputs[str(name)] for name in (model.family.streamed, model.family.counted))
+    row = next(row for row in model.inputs if row.name == model.family.streamed)
+    vocabulary = int(row.fill.partition(":")[2])
+    return inputs | {row.name: np.where(mask.astype(bool), ids, (ids + 1) % vocabulary)}
 
 
 def _spoilt(output: Array, reach: NDArray[np.bool_]) -> Array:
@@ -374,7 +421,7 @@ def _at_once(calls: Sequence[Call], run: Run, rounds: int) -> list[list[Array]]:
         for _ in range(rounds):
             together.wait()
             try:
-                outputs.append(run(call.inputs)["sample"])
+                outputs.append(only(run(call.inputs)))
             except BaseException:
                 together.abort()  # nobody waits for this thread any more
                 raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.distance import PIXEL_RANGE, Array, psnr_db
+from pipeline.generate.case import Case
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import (
     CALL_TRAITS,
@@ -389,7 +390,8 @@ def pictures_db(study: Study, pictures: Array) -> list[float]:
     """PSNR of each picture against the float64 reference's; `pictures` may be the first few. Latents are compared by
     the range that the reference's have."""
     reference = study.pictures["reference"]
-    peak = PIXEL_RANGE if study.case.output == "pixels" else float(np.ptp(reference))
+    in_pixels = isinstance(study.case, Case) and study.case.output == "pixels"
+    peak = PIXEL_RANGE if in_pixels else float(np.ptp(reference))
     return [psnr_db(one, other, peak) for one, other in zip(reference[: len(pictures)], pictures, strict=True)]
 
 
@@ -400,10 +402,9 @@ def quantization_gates(study: Study, recipe: Recipe) -> list[Gate]:
     pictures = pictures_db(study, study.pictures["float"])
     psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
-    rows = (
-        ("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "step", study.quant_db),
-        ("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "picture", pictures),
-    )
+    rows = [("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "step", study.quant_db)]
+    if study.case.makes_pictures:
+        rows.append(("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "picture", pictures))
     gates = []
     for name, value, limit, unit, values in rows:
         gate = Gate(name, value, limit, "dB", f"{unit}s: {budget}", at_most=False)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline import machine
 from pipeline.backends import tool_versions
 from pipeline.bench.measure import Document, conditions, summary
+from pipeline.generate.case import Case
 from pipeline.methods import activation_scalings
 from pipeline.recipe import Recipe, to_toml
 from pipeline.verify.pictures import Column, gallery
@@ -61,25 +62,33 @@ def write_page(
     out_dir: Path,
 ) -> None:
     """Write index.html and images/*.png into `out_dir`."""
-    pixels = study.case.output == "pixels"
-    columns = gallery(study.pictures, engines, pixels)
+    columns, note = _pictures(study, engines)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     for column in columns:
         for row, png in enumerate(column.pngs):
             (out_dir / "images" / column.file_name(row)).write_bytes(png)
-    note = "Pictures as the model makes them" if pixels else "First three latent channels (no image decoder here)"
-    note += f": {study.case.n_steps} steps of {study.case.sampler}, guidance {study.case.guidance_scale:g}, same noise."
     page = Page(
         title=recipe.name,
         subtitle=recipe.description,
         report=report,
         facts=_facts(model, recipe, study),
         recipe=to_toml(recipe),
-        prompts=study.case.prompts,
+        prompts=study.case.prompts if columns else (),
         columns=columns,
         pictures_note=note,
     )
     (out_dir / "index.html").write_text(render(page), encoding="utf-8")
+
+
+def _pictures(study: Study, engines: Mapping[str, NDArray[np.float32]]) -> tuple[list[Column], str]:
+    """The columns of pictures, and how they were made; none of a text encoder."""
+    case = study.case
+    if not isinstance(case, Case):
+        return [], "None: a text encoder gives embeddings, which are compared as numbers below."
+    pixels = case.output == "pixels"
+    note = "Pictures as the model makes them" if pixels else "First three latent channels (no image decoder here)"
+    note += f": {case.n_steps} steps of {case.sampler}, guidance {case.guidance_scale:g}, same noise."
+    return gallery(study.pictures, engines, pixels), note
 
 
 def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]:

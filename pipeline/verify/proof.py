@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph
+from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph, only
 from pipeline.backends.feeds import TooLargeError
 from pipeline.backends.side_by_side import side_by_side
-from pipeline.generate.case import Case, Run, is_large
+from pipeline.generate.case import AnyCase, Case, Run, is_large
 from pipeline.generate.sampling import take_samples
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -138,11 +138,11 @@ def verify_target(
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, {layer.name for layer in present}, list(expected)))
     assert study.stretches is not None
-    whole = (study.case.n_steps, study.probed, len(study.case.noise))
+    whole = (study.case.n_steps, study.probed, len(study.case.prompts) if study.case.makes_pictures else 0)
     effort = effort or effort_for(target, *whole, large=is_large(model), runs=engine is not None)
     calls = looked_at(study, effort)
     # Of the call with fewest tokens: that of one sample, where it is looked into.
-    smallest = min(calls, key=lambda text: len(calls[text]["hidden_states"]))
+    smallest = min(calls, key=lambda text: calls[text][model.family.streamed].size)
     order = {name: place for place, name in enumerate(study.stretches.order(study.calls[0]))}
     present.sort(key=lambda layer: order[layer.name])
     quantized = study.stretches.attentions
@@ -177,7 +177,7 @@ def verify_target(
     report.gates.append(
         quantizers_gate(target, extreme_results(probed, present, read, calls[smallest], found), smallest)
     )
-    run = engine.run if engine else probed.denoiser()
+    run = study.judged(engine.run if engine else probed.denoiser())
     if engine is None:
         report.notes.append(f"{target}: {BACKENDS[target].not_run_note(graph)}")
     errors = study.errors(run, effort.steps, f"verify {target}: steps")
@@ -190,7 +190,7 @@ def verify_target(
         strange += state.errors
         report.gates.append(repeats_gate(target, state))
     report.gates += calls_gates(target, strange, study, single, errors.samples)
-    pictures = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.case.noise[:0]
+    pictures = drawn(run, study.case.first(effort.pictures)) if effort.pictures else study.pictures["reference"][:0]
     nonfinite = errors.nonfinite + int(np.count_nonzero(~np.isfinite(pictures)))
     where = first_nonfinite(errors, pictures)
     report.gates += layer_gates(target, results, nonfinite, where, attentions.results, attentions.order)
@@ -219,6 +219,8 @@ def overflow_calls(study: Study, large: bool) -> dict[str, Arrays]:
     first = study.calls[study.probed[0]]
     if large:
         return {"step 1, sample 1": take_samples(first, [0], study.case.shared)}
+    if not study.case.makes_pictures:
+        return {"step 1": first, **{call.text: call.inputs for call in study.special_calls[-1:]}}
     special = max(study.special_calls, key=lambda call: float(np.abs(call.inputs["hidden_states"]).max()))
     return {"step 1": first, special.text: special.inputs}
 
@@ -235,11 +237,12 @@ def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Ga
     return [Gate(f"{target}/tables", count - len(other), count, "tables", why, at_most=False)] if tables else []
 
 
-def drawn(run: Run, case: Case) -> NDArray[np.float32]:
+def drawn(run: Run, case: AnyCase) -> NDArray[np.float32]:
     """The engine's pictures; NaN where it drives its own latents beyond the numbers that it takes."""
     try:
         return case.draw(run)
     except TooLargeError as error:
+        assert isinstance(case, Case), "ids have no magnitude"
         logger.warning("the pictures diverge: %s", error)
         return np.full_like(case.noise, np.nan)
 
@@ -313,7 +316,7 @@ def layer_results(
         )
         results.append(result)
     if segments is not None:
-        segments.end([tensors["sample"] for tensors in outputs])
+        segments.end([only(tensors) for tensors in outputs])
     return results
 
 

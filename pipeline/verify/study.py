@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
-from pipeline.backends.base import Arithmetic, Arrays
+from pipeline.backends.base import Arithmetic, Arrays, only
 from pipeline.backends.side_by_side import side_by_side
 from pipeline.distance import Array, sqnr_db
-from pipeline.generate.case import Case, Run, is_large, make_case
+from pipeline.generate.case import AnyCase, Case, Run, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import Setting
@@ -86,10 +86,11 @@ class Study:
     layers are looked at; layer_inputs: float64 reference's input of each linear in them, [rows, K] float32.
     pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
     reference's and the float model's outputs for them. nan_reach: see calls.nan_reach, of the float64 reference.
-    stretches: what segments are compared with.
+    stretches: what segments are compared with. counted: see Family.
     """
 
-    case: Case
+    case: AnyCase
+    counted: str | None = None
     calls: list[Arrays] = field(default_factory=list)
     exact: list[Array] = field(default_factory=list)
     plain: list[Array] = field(default_factory=list)
@@ -104,6 +105,20 @@ class Study:
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
     _weights_db: dict[str, float] = field(default_factory=dict)
+
+    def judged(self, run: Run) -> Run:
+        """`run` with zeros in the rows of its output that are of no prompt, of a model that has such."""
+        counted = self.counted
+        if counted is None:
+            return run
+
+        def counting(inputs: Arrays) -> Arrays:
+            rows, outputs = inputs[counted].astype(bool)[..., None], run(inputs)
+            fitting = {name: output for name, output in outputs.items() if output.shape[:-1] == rows.shape[:-1]}
+            # Another shape fails by itself.
+            return outputs | {name: np.where(rows, output, output.dtype.type(0)) for name, output in fitting.items()}
+
+        return counting
 
     def weight_db(self, layer: QuantizedLinear, linear: torch.nn.Linear) -> float:
         """SQNR of a layer's quantized weight, which is the same in every target."""
@@ -127,7 +142,7 @@ class Study:
 
     def pools_db(self, run: Run) -> list[float]:
         """A denoiser against the float64 reference, every sample of the pools."""
-        return _samples_db(self.pool_exact, {name: run(inputs)["sample"] for name, inputs in self.pools.items()})
+        return _samples_db(self.pool_exact, {name: only(run(inputs)) for name, inputs in self.pools.items()})
 
     @property
     def quant_db(self) -> list[float]:
@@ -142,8 +157,8 @@ class Study:
         where they are known."""
         steps = steps or range(len(self.calls))
         run_steps = steps if first is None else steps[1:]
-        outputs = [run(self.calls[i])["sample"] for i in track(run_steps, len(run_steps), label)]
-        outputs = [self.case.shown(output) for output in ([] if first is None else [first["sample"]]) + outputs]
+        outputs = [only(run(self.calls[i])) for i in track(run_steps, len(run_steps), label)]
+        outputs = [self.case.shown(output) for output in ([] if first is None else [only(first)]) + outputs]
         pairs = [(self.case.shown(self.exact[i]), output) for i, output in zip(steps, outputs, strict=True)]
         samples = [error for i, pair in zip(steps, pairs, strict=True) for error in self._sample_errors(i, *pair)]
         return StepErrors(
@@ -154,7 +169,7 @@ class Study:
 
     def _sample_errors(self, step: int, exact: Array, output: Array) -> list[SampleError]:
         batch = len(exact)
-        guided = batch == 2 * len(self.case.noise)
+        guided = isinstance(self.case, Case) and batch == 2 * len(self.case.noise)
         settings = ((Setting.PROMPTED,) * (batch // 2) + (Setting.UNPROMPTED,) * (batch // 2)) if guided else None
         text = f"step {step + 1}"
         return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
@@ -178,14 +193,14 @@ def study(
     from pipeline.backends.reference import ReferenceEngine, fake_quant
 
     def engine(module: torch.nn.Module, dtype: torch.dtype) -> ReferenceEngine:
-        set_resolution(module, *reference.case.noise.shape[2:])
-        return ReferenceEngine(module.to(dtype) if dtype == torch.float64 else module, dtype)
+        set_resolution(module, *reference.case.cells)
+        return ReferenceEngine(module, dtype)
 
     attention = recipe.attention.formats
-    reference = Study(make_case(model, recipe))
+    reference = Study(make_case(model, recipe), model.family.counted)
     reference.pools = make_pools(model, reference.case)
     reference.special_calls = make_calls(model, reference.pools)
-    reference.stretches = SegmentReference(model, reference.case.noise.shape[2:], attention)
+    reference.stretches = SegmentReference(model, reference.case.cells, attention)
     reference.probed = tuple(sorted({0, reference.case.n_steps - 1}))
     _run_exact(reference, engine(fake_quant(model, layers, torch.float64, attention), torch.float64))
 
@@ -212,14 +227,15 @@ def _run_exact(study: Study, engine: ReferenceEngine) -> None:
 
     def keep(i: int, inputs: Arrays, outputs: Arrays) -> None:
         study.calls.append(inputs)
-        study.exact.append(outputs["sample"])
+        study.exact.append(only(outputs))
 
-    record = Recorder()
+    record, run = Recorder(), study.judged(engine.run)
     with hooked(engine.module, record):
-        study.pictures["reference"] = study.case.draw(_watched(engine.run, record, study.probed), keep)
+        study.pictures["reference"] = study.case.draw(_watched(run, record, study.probed), keep)
     study.layer_inputs = record.inputs
-    study.pool_exact = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
-    study.nan_reach = nan_reach(engine.run, study.pools, study.case.shared)
+    study.pool_exact = {name: only(run(inputs)) for name, inputs in study.pools.items()}
+    if study.case.makes_pictures:
+        study.nan_reach = nan_reach(run, study.pools, study.case.shared)
 
 
 def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], first: int = 0) -> Run:
@@ -255,17 +271,17 @@ def _drawn(study: Study, run: Run) -> tuple[Array, Arrays]:
 
 
 def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) -> Realisations:
-    single = Realisations()
+    single, run = Realisations(), study.judged(engine.run)
     for seed in range(runs):
         if len(_samples(single.errors)) >= ENOUGH_SAMPLES:
             break
         with jittered(engine.module, seed, QUANTIZER_ULPS):
             comparison = Comparison(study.layer_inputs)
             with hooked(engine.module, comparison):
-                pictures, errors = _drawn_and_compared(study, engine.run, label, comparison)
+                pictures, errors = _drawn_and_compared(study, run, label, comparison)
             single.hit_pictures.append(pictures)
             single.errors.append(errors)
-            single.hit_calls_db += study.pools_db(engine.run)
+            single.hit_calls_db += study.pools_db(run)
         for name, value in comparison.sqnr_db.items():
             single.layer_db[name] = min(value, single.layer_db.get(name, np.inf))
     _add_hits(study, engine, single)
@@ -274,15 +290,15 @@ def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) 
 
 def _add_hits(study: Study, engine: ReferenceEngine, single: Realisations) -> None:
     """Raise the jitter until flips hit most samples, of the steps and of the pools each, in place of the plain runs."""
-    single.hit_errors = single.errors
+    single.hit_errors, run = single.errors, study.judged(engine.run)
     for ulps in HITTING_ULPS:
         steps_hit, calls_hit = most_are_hit(_samples(single.hit_errors)), most_are_hit(single.hit_calls_db)
         with jittered(engine.module, len(single.errors), ulps):
             if not steps_hit:
-                pictures, errors = _drawn_and_compared(study, engine.run, "verify: steps")
+                pictures, errors = _drawn_and_compared(study, run, "verify: steps")
                 single.hit_errors, single.hit_pictures = [errors], [pictures]
             if not calls_hit:
-                single.hit_calls_db = study.pools_db(engine.run)
+                single.hit_calls_db = study.pools_db(run)
 
 
 def _samples_db(expected: dict[str, Array], actual: dict[str, Array]) -> list[float]:
@@ -300,6 +316,7 @@ def most_are_hit(samples_db: Sequence[float]) -> bool:
 
 
 def _run_float(study: Study, engine: ReferenceEngine) -> None:
-    study.pictures["float"], first = _drawn(study, engine.run)
-    study.plain = [first["sample"], *(engine.run(call)["sample"] for call in study.calls[1:])]
-    study.pool_plain = {name: engine.run(inputs)["sample"] for name, inputs in study.pools.items()}
+    run = study.judged(engine.run)
+    study.pictures["float"], first = _drawn(study, run)
+    study.plain = [only(first), *(only(run(call)) for call in study.calls[1:])]
+    study.pool_plain = {name: only(run(inputs)) for name, inputs in study.pools.items()}

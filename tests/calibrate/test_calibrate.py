@@ -15,6 +15,7 @@ import torch
 from export import checkpoint
 from export.errors import ContractError, ModelError, RecipeError
 from export.formats.format import get_format
+from export.models.families import FAMILIES
 from pipeline import recipe as recipes
 from pipeline.build import resolve
 from pipeline.calibrate import adopt, calibrate
@@ -42,7 +43,8 @@ class Linear:
 def make_model(seed=0, shapes=SHAPES, dtype=torch.float32):
     torch.manual_seed(seed)
     linears = [Linear(name, kind, torch.nn.Linear(k, n).to(dtype)) for name, (kind, n, k) in shapes.items()]
-    return SimpleNamespace(linears=lambda: linears, sha256=f"weights of seed {seed}", config_sha256="", parameters=1000)
+    facts = {"sha256": f"weights of seed {seed}", "config_sha256": "", "parameters": 1000, "family": FAMILIES["dit"]}
+    return SimpleNamespace(linears=lambda: linears, **facts)
 
 
 def make_recipe(*settings):

@@ -19,7 +19,7 @@ from export.checkpoint import QuantizedLinear
 from export.dialect.ops import attributes
 from export.dialect.reference import dequantize_activation, quantize_activation
 from export.errors import ContractError, ModelError
-from export.models.families import Input
+from export.models.families import FAMILIES, Input
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.torch_modules import with_modules
 from export.portable import read_layers
@@ -411,7 +411,7 @@ def test_a_tensor_that_is_called_like_an_input_is_refused() -> None:
     class Whole(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.transformer = Toned()
+            self.transformer, self.family = Toned(), FAMILIES["dit"]
 
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
             result: torch.Tensor = self.transformer(*args)

@@ -19,6 +19,7 @@ from export.models.weights import find_weights
 from pipeline import recipe as recipes
 from pipeline.__main__ import main
 from tests.support import hub, tiny
+from tests.support.tiny_text import t5_folder
 
 pytestmark = pytest.mark.torch
 
@@ -183,6 +184,15 @@ def test_a_revision_is_named_after_the_hub_id(pixart, copied, cache):
         EnvironmentLacksError, match=r'run: hf download someone/some-model --include "transformer/\*" --r'
     ):
         load("someone/some-model@v2")
+
+
+def test_a_text_encoder_is_named_behind_the_hub_id(tmp_path, cache):
+    hub.snapshot(t5_folder(tmp_path), cache, "text_encoder")
+    for name in ("someone/some-model/text_encoder", f"someone/some-model/text_encoder@{hub.COMMIT}"):
+        model = load(name)
+        assert (model.family.name, model.revision, model.folder.name) == ("t5", hub.COMMIT, "text_encoder")
+    with pytest.raises(EnvironmentLacksError, match=r"has no text_encoder_2; run: .*--include \"text_encoder_2/\*\""):
+        load("someone/some-model/text_encoder_2")
 
 
 # --- what is no model ----------------------------------------------------------------------------------------------

@@ -118,8 +118,15 @@ def test_weights_are_dequantized_as_the_checkpoint_and_the_op_say(weight_format,
 
 def test_weights_are_held_as_one_byte_each():
     held = FakeQuantLinear(make_layer(), torch.float64)
-    assert held.get_buffer("integers").dtype == torch.int8
+    assert held.get_buffer("kept_integers").dtype == torch.int8
     assert not list(held.parameters())
+
+
+def test_weights_that_are_unpacked_call_by_call_are_the_same():
+    layer, x = make_layer(), torch.from_numpy(np.random.default_rng(3).standard_normal((2, 3, 16)))
+    packed = FakeQuantLinear(layer, torch.float64, unpacked=False)
+    assert not any(buffer.dtype == torch.int8 for buffer in packed.buffers())
+    assert torch.equal(packed(x), FakeQuantLinear(layer, torch.float64)(x))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -204,8 +211,10 @@ def test_the_whole_model_is_told_the_timestep(tmp_path):
 class Model:
     """What `fake_quant` needs of a loaded model, with a two-layer network in place of a transformer."""
 
+    parameters = 130
+
     class family:
-        name = "test"
+        name, output = "test", "sample"
 
         @staticmethod
         def call(module, inputs):

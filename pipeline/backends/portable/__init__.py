@@ -23,7 +23,7 @@ class PortableOptions(Options):
 
 
 class PortableBackend(Backend[PortableOptions]):
-    """Every bundle has it: its files, model.onnx and model.onnx.data, stand at the bundle's root."""
+    """A bundle has it unless it was dropped: its files, model.onnx and model.onnx.data, stand at the bundle's root."""
 
     options_type = PortableOptions
     package = stock_runtime.PACKAGE

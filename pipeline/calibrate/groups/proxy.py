@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.backends.base import Arrays
 from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.blocks import tensors
-from pipeline.calibrate.data import CalibrationData
+from pipeline.calibrate.data import CalibrationData, Call
 from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
 from pipeline.calibrate.groups.search import Individual
 from pipeline.distance import sqnr_db
@@ -37,7 +37,7 @@ class ProxyScore:
         """On about `samples` samples, the same number of each calibration call."""
         each = max(1, samples // len(data.calls))
         shared = candidates.load().shared
-        return cls(candidates, tuple(_evenly(call.inputs, each, shared) for call in data.calls))
+        return cls(candidates, tuple(_evenly(call, each, shared) for call in data.calls))
 
     @property
     def origin(self) -> dict[str, object]:
@@ -51,11 +51,10 @@ class ProxyScore:
         return _Proxy(self)
 
 
-def _evenly(inputs: Arrays, count: int, shared: frozenset[str]) -> Arrays:
+def _evenly(call: Call, count: int, shared: frozenset[str]) -> Arrays:
     """`count` samples of a call, evenly spread over its batch."""
-    batch = len(inputs["hidden_states"])
-    rows = np.linspace(0, batch - 1, min(count, batch)).round().astype(int)
-    return take_samples(inputs, rows, shared)
+    rows = np.linspace(0, call.samples - 1, min(count, call.samples)).round().astype(int)
+    return take_samples(call.inputs, rows, shared)
 
 
 class _Proxy:
@@ -64,7 +63,8 @@ class _Proxy:
     def __init__(self, score: ProxyScore) -> None:
         self.calls = list(map(tensors, score.calls))
         self.models = CandidateModels(score.candidates)
-        self.channels = int(self.models.model.config["in_channels"])  # beyond them is a learned sigma, not used
+        # Beyond those of a denoiser's input is a learned sigma, which is not used.
+        self.channels = self.models.model.config["in_channels"] if self.models.model.family.steps else None
         self.exact = self._outputs(self.models.float_module())
 
     def __call__(self, individual: Individual) -> float:

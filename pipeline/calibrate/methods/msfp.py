@@ -89,11 +89,12 @@ class Msfp(Baseline):
         from pipeline.calibrate.learn.dfa import loss_weights
         from pipeline.calibrate.learn.talora import Branches
         from pipeline.calibrate.learn.tuning import Tuner, TuningSettings
-        from pipeline.generate.case import make_case
+        from pipeline.generate.case import Case, make_case
         from pipeline.generate.sampling import make_sampler
 
         assert data is not None
         case = make_case(self.context.model, self.context.recipe, 1)
+        assert isinstance(case, Case), "MethodRow.steps"
         sampler = make_sampler(case.sampler, data.n_steps, case.timestep_scale)
         steps = [call.step for call in data.calls]
         weights = loss_weights(sampler, steps, self.context.recipe.sampling.guidance_scale, bool(options["use_dfa"]))

@@ -1,0 +1,41 @@
+"""Tiny T5 encoders of transformers' true classes, saved to disk by the test that needs them. Two layers, width 64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+T5: dict[str, Any] = dict(
+    vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+)
+
+
+def t5(seed: int = 0, kind: str = "T5", **changes: Any) -> Any:
+    """The torch module with random weights that fp16 holds, in float32. kind: T5, MT5 or UMT5."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**T5 | changes)
+    module = getattr(transformers, f"{kind}EncoderModel")(config).eval().requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        if name.endswith("layer_norm.weight"):
+            parameter.normal_(1.0, 0.1)
+        elif name.endswith("relative_attention_bias.weight"):
+            parameter.normal_()  # so that a wrong distance shows
+    return module.half().float()
+
+
+def t5_folder(parent: Path, seed: int = 0, shard_size: str = "10GB", **changes: Any) -> Path:
+    """Save one as a pipeline has it, in fp16; returns its folder."""
+    path = parent / "text_encoder"
+    t5(seed, **changes).half().save_pretrained(path, max_shard_size=shard_size)
+    return path
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Other values in a folder's config.json; None takes a key out."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
