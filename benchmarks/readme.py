@@ -95,10 +95,11 @@ def speed() -> str:
         for run in runs
         for name in _contestants(run)
     ]
-    absent = [
+    notes = [f"- {_machine(run)}: {_load_average(run)}" for run in runs]
+    notes += [
         f"- {_machine(run)}: {name} was not measured: {reason}" for run in runs for name, reason in _absent(run).items()
     ]
-    return "\n".join([markdown(header, rows), *([""] if absent else []), *absent])
+    return "\n".join([markdown(header, rows), "", *notes])
 
 
 def speed_short() -> str:
@@ -157,6 +158,12 @@ def _denoiser_runs() -> list[Json]:
 
 def _column(case: Json) -> tuple[int, int]:
     return case["tokens"], case["batch"]
+
+
+def _load_average(run: Json) -> str:
+    """How quiet the machine was before each case, in words: contestants suffer differently from what runs beside."""
+    loads = [case["load_average"] for case in run["cases"]]
+    return f"load average before the cases {min(loads):.1f} to {max(loads):.1f}"
 
 
 def _machine(run: Json) -> str:
