@@ -73,10 +73,9 @@ def test_many_tokens_are_for_the_fast_ones_alone() -> None:
 def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     first = {"fused": row(100.0), "fused_first_step": row(110.0), "ort": row(300.0), "ov": row(150.0, sqnr_db=15.4)}
     second = {"fused": row(1000.0), "ort": row(900.0, sqnr_db=None)}
-    cases = [
-        {"tokens": 256, "batch": 1, "contestants": first, "failed": {}, "left_out": {"ao": "install it"}},
-        {"tokens": 4096, "batch": 1, "contestants": second, "failed": {"ov": "ended"}, "left_out": {}},
-    ]
+    quiet = {"tokens": 256, "batch": 1, "contestants": first, "failed": {}, "load_average": 0.5}
+    loaded = {"tokens": 4096, "batch": 1, "contestants": second, "failed": {"ov": "ended"}, "load_average": 7.25}
+    cases = [quiet | {"left_out": {"ao": "install it"}}, loaded | {"left_out": {}}]
     run: dict[str, Any] = {"machine": {"cpu": "C", "cpus": 2}, "engines": {"fused": {}}, "cases": cases}
     monkeypatch.setattr(readme, "_denoiser_runs", lambda: [run])
     assert readme.speed_short().splitlines()[2:] == [
@@ -85,7 +84,8 @@ def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     table = readme.speed().splitlines()
     assert [line.split(" | ")[1] for line in table[2:6]] == ["fused", "fused_first_step", "ov", "ort"]
     assert table[4] == "| C, 2 CPUs | ov | 150 ms | - | 15.4 | 5 | - | 1.0 |"
-    assert table[6:] == ["", "- C, 2 CPUs: ao was not measured: install it"], "ov has a row of another case"
+    load, absent = "- C, 2 CPUs: load average before the cases 0.5 to 7.2", "- C, 2 CPUs: ao was not measured: install it"
+    assert table[6:] == ["", load, absent], "ov has a row of another case"
     assert readme.speed_equal() == readme.NOT_MEASURED, "an error is not known"
     monkeypatch.setattr(readme, "_denoiser_runs", list)
     assert readme.speed() == readme.speed_short() == readme.speed_equal() == readme.NOT_MEASURED
