@@ -84,7 +84,10 @@ def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     table = readme.speed().splitlines()
     assert [line.split(" | ")[1] for line in table[2:6]] == ["fused", "fused_first_step", "ov", "ort"]
     assert table[4] == "| C, 2 CPUs | ov | 150 ms | - | 15.4 | 5 | - | 1.0 |"
-    load, absent = "- C, 2 CPUs: load average before the cases 0.5 to 7.2", "- C, 2 CPUs: ao was not measured: install it"
+    load, absent = (
+        "- C, 2 CPUs: load average before the cases 0.5 to 7.2",
+        "- C, 2 CPUs: ao was not measured: install it",
+    )
     assert table[6:] == ["", load, absent], "ov has a row of another case"
     assert readme.speed_equal() == readme.NOT_MEASURED, "an error is not known"
     monkeypatch.setattr(readme, "_denoiser_runs", list)
