@@ -152,7 +152,7 @@ def cases() -> Iterator[Case]:
     for count in (1, 2, 4, 5, 50):
         for name in MODULES:
             yield Case(name, {}, steps(count))
-    for name in set(MODULES) - {flow, dpm}:
+    for name in sorted(set(MODULES) - {flow, dpm}):
         yield Case(name, {}, steps(10, strength=0.55))
     for more in ({"interpolation_type": "log_linear"}, {"use_karras_sigmas": True}):
         yield Case("EulerDiscreteScheduler", more | {"final_sigmas_type": "sigma_min"}, steps(20))
