@@ -295,9 +295,9 @@ def _tell_timesteps(routing: Routing, module: Denoiser, args: tuple[Tensor, ...]
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
     """Give this module (not its children) float tensors of `dtype`, without touching tensors shared with others.
 
-    A table that is only looked up keeps its type, and what is found is converted: a vocabulary is large.
+    A table in 16 bits, as a large vocabulary is held, keeps its type, and what is looked up is converted.
     """
-    if isinstance(part, nn.Embedding):
+    if isinstance(part, nn.Embedding) and part.weight.itemsize < 4:
         part.register_forward_hook(lambda _, __, rows: rows.to(dtype))
         return
     for name, value in list(part.named_parameters(recurse=False)):

@@ -99,7 +99,11 @@ def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arr
 def run_to_keep(session: InferenceSession, fed: Arrays) -> Arrays:
     """All outputs of one session, in one block of memory of their own. Among the tensors of a call they would leave
     holes that the C library does not fill. Raises as `run_session`."""
-    kept, names = _block(session, fed), [output.name for output in session.get_outputs()]
+    try:
+        kept, names = _block(session, fed), [output.name for output in session.get_outputs()]
+    except UnicodeDecodeError as error:
+        remedy = "verify the bundle, or build it again"
+        raise ContractError(f"the engine's graph has a name that is no text ({error}); {remedy}") from error
     if kept is None:
         return run_session(session, names, fed)
     binding = session.io_binding()
