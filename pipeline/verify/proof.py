@@ -21,7 +21,7 @@ from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph, only
 from pipeline.backends.feeds import TooLargeError
 from pipeline.backends.side_by_side import side_by_side
-from pipeline.generate.case import AnyCase, Case, Run, is_large
+from pipeline.generate.case import AnyCase, Run, TextCase, is_large
 from pipeline.generate.sampling import take_samples
 from pipeline.progress import track
 from pipeline.recipe import Recipe
@@ -242,7 +242,7 @@ def drawn(run: Run, case: AnyCase) -> NDArray[np.float32]:
     try:
         return case.draw(run)
     except TooLargeError as error:
-        assert isinstance(case, Case), "ids have no magnitude"
+        assert not isinstance(case, TextCase), "ids have no magnitude"
         logger.warning("the pictures diverge: %s", error)
         return np.full_like(case.noise, np.nan)
 

@@ -101,7 +101,7 @@ def _scale_of_the_neighbour_group(graph: Graph, row: ProbeRow) -> None:
 def _group_of_sums_scaled_by_its_neighbour(graph: Graph, row: ProbeRow) -> None:
     """Only the GEMM reads the wrong scales: token scales themselves are right."""
     packed = graph.nodes("PackedGemm")
-    name, place, axis = ("product", In.TOKEN_SCALE, 1) if packed else ("scaled_groups", 1, 0)
+    name, place, axis = ("product", In.GROUP_SCALE, 1) if packed else ("scaled_groups", 1, 0)
     scaling = graph.node(f"{row.layer}/{name}")
     turned = scaling.input[place]
     order = graph.add_constant("order", np.array([1, 0]))
