@@ -118,12 +118,18 @@ def sha256(path: Path, error: type[UserError] = ContractError, remedy: str | Non
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_text(path: Path, rules: Rules = Rules(), most_bytes: int = MOST_BYTES) -> str:
-    """The text of a regular file of at most so many bytes, UTF-8 whatever the locale; a byte order mark is left out."""
+def read_bytes(path: Path, rules: Rules = Rules(), most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most so many bytes."""
     with open_file(path, rules.error, rules.remedy) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise rules.error(f"{path} has more than {most_bytes:,} bytes, which no such file needs; {rules.remedy}")
+    return data
+
+
+def read_text(path: Path, rules: Rules = Rules(), most_bytes: int = MOST_BYTES) -> str:
+    """The text of a regular file of at most so many bytes, UTF-8 whatever the locale; a byte order mark is left out."""
+    data = read_bytes(path, rules, most_bytes)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

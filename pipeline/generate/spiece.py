@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.documents import open_file
+from export.documents import Rules, read_bytes
 from export.errors import ModelError
 from pipeline.generate.pipeline_folder import REMEDY
 
@@ -42,10 +42,7 @@ class SpieceModel:
 
 def read(path: Path) -> SpieceModel:
     """Raises ModelError for a file that is none, or a model of another algorithm than Unigram."""
-    with open_file(path, ModelError, REMEDY) as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ModelError(f"{path} has more than {MOST_BYTES:,} bytes, which no SentencePiece model needs; {REMEDY}")
+    data = read_bytes(path, Rules(ModelError, REMEDY), MOST_BYTES)
     try:
         model, algorithm = _parsed(data)
     except (ValueError, IndexError, struct.error) as error:

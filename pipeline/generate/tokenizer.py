@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from export.documents import open_file, shown
+from export.documents import Rules, read_bytes, shown
 from export.errors import ContractError, RecipeError
 
 if TYPE_CHECKING:
@@ -132,10 +132,7 @@ def _refuse_surrogates(prompt: str) -> None:
 def _read(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    with open_file(path, ContractError, REMEDY) as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ContractError(f"{path} has more than {MOST_BYTES:,} bytes, which no tokenizer needs; {REMEDY}")
+    data = read_bytes(path, Rules(ContractError, REMEDY), MOST_BYTES)
     try:
         return Tokenizer.from_buffer(data)
     except ValueError as error:
