@@ -213,7 +213,7 @@ def test_bert_s_ids_are_those_of_its_first_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.torch
 def test_t5_s_ids_are_those_of_sentencepiece(tmp_path: Path) -> None:
     """Of a model that it trained, with its normalization."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece, which made the tokenizers of T5, is not installed")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     (tmp_path / "corpus.txt").write_text("\n".join(corpus()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=110, pad_id=0, eos_id=1,
