@@ -13,6 +13,7 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, PORTABLE
 from pipeline.backends.base import Backend, Flag, Options
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
+from pipeline.compile_pipeline import chosen_parts, compile_pipeline, part_request
 from pipeline.compiler import (
     BuildRequest,
     compile_engine,
@@ -21,6 +22,7 @@ from pipeline.compiler import (
     prepare,
     tensor_counts,
 )
+from pipeline.parts import is_whole, read_folder
 from pipeline.signals import leave
 
 DESCRIPTION = "Build a verified engine bundle: model, calibrate, export, targets, verify, bench."
@@ -45,6 +47,11 @@ def make_parser() -> Parser:
         action="store_true",
         help="leave the portable model out, of the bundle and of what is proven: about half the bytes, and less time; "
         "`verify` cannot prove such a bundle again",
+    )
+    flags.add_argument(
+        "--component",
+        metavar="NAME",
+        help="of a pipeline's folder, build only this part, as text_encoder, and put it into the bundle that is there",
     )
     flags.add_argument("--height", type=int, help="image height of the engine, 0 for the model's own")
     flags.add_argument("--width", type=int, help="image width, likewise")
@@ -121,17 +128,46 @@ def make_request(args: argparse.Namespace, answer: Answer) -> BuildRequest:
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Build, or with --dry-run only say what would be done."""
     request = make_request(args, answer)
-    if args.dry_run:
-        return dry_run(request, answer)
-    path = compile_engine(request)
+    if not is_whole(request.recipe.model):
+        refuse_parts(request.recipe, args.component)
+        if args.dry_run:
+            return dry_run(request, answer)
+        path = compile_engine(request)
+    elif args.dry_run:
+        return dry_run_parts(request, args.component, answer)
+    else:
+        path = compile_pipeline(request, args.component)
     answer.event(event="result", passed=True, exit_code=0, path=str(path))
     answer.line(f"PASSED {path}")
     return 0
 
 
+def refuse_parts(recipe: recipes.Recipe, component: str | None) -> None:
+    """Raise RecipeError where one model is to be built, and a part of a pipeline is asked for."""
+    if component:
+        raise RecipeError(
+            f"--component {component}: {recipe.model} is one model, no pipeline with parts; leave --component away, or "
+            "give the folder with model_index.json"
+        )
+    if recipe.components:
+        raise RecipeError(
+            f"{recipe.name}: components.{min(recipe.components)} is of a part of a pipeline, and {recipe.model} is one "
+            "model; remove the table, or give the folder with model_index.json"
+        )
+
+
+def dry_run_parts(request: BuildRequest, component: str | None, answer: Answer) -> int:
+    """As `dry_run`, for every part of a pipeline that would be built."""
+    for part in chosen_parts(request, read_folder(request.recipe), component):
+        answer.line(f"{part.name}:")
+        dry_run(part_request(request, part), answer)
+    return 0
+
+
 def dry_run(request: BuildRequest, answer: Answer) -> int:
     """All checks that need no work, and the plan: the recipe with what "auto" means for this model and machine."""
-    recipe, model, _ = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
+    prepared = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
+    recipe, model = prepared.recipe, prepared.model
     linears, kept = len(model.linears()), len(model.kept())
     plan = {
         "recipe": recipe.document(),

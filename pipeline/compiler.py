@@ -21,7 +21,7 @@ from pipeline.bundle import manifest
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
-from pipeline.files import MANIFEST_FILE, publish, refuse_unwritable, remove, sha256_json, write_json
+from pipeline.files import is_bundle, publish, refuse_unwritable, remove, sha256_json, write_json
 from pipeline.generate.case import Case, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.generate.sampling import make_sampler
@@ -49,7 +49,8 @@ class BuildRequest:
 
     targets: the portable model is always among them. checkpoint: a folder of `python -m pipeline.calibrate` whose
     layers are taken instead of calibrating. drop_portable: the portable model is what engines are lowered from and no
-    more: neither proven nor in the bundle, which it would double.
+    more: neither proven nor in the bundle, which it would double. rejected: where an engine goes that fails its gates;
+    None: into `rejected/` beside the destination.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class BuildRequest:
     force: bool = False
     checkpoint: Path | None = None
     drop_portable: bool = False
+    rejected: Path | None = None
     listener: Listener = lambda event: None
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class BuildRequest:
 
     @property
     def rejected_path(self) -> Path:
-        return self.work_path.parent / "rejected" / self.work_path.stem
+        return self.rejected or self.work_path.parent / "rejected" / self.work_path.stem
 
 
 def compile_engine(request: BuildRequest) -> Path:
@@ -80,16 +82,34 @@ def compile_engine(request: BuildRequest) -> Path:
     Raises export.errors.UserError: before work starts for whatever cannot be done, ParityError when a gate fails (the
     engine and its report are kept at `request.rejected_path`).
     """
-    recipe, model, model_time = prepare(request)
-    parts = [recipe.document(), model_row(model), model.config_sha256, tool_versions(), machine.code_version()]
-    key = sha256_json(parts)  # of everything that decides the bytes of the bundle
-    with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [model_time]) as work:
+    return compile_prepared(request, prepare(request))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known when work starts. recipe: with its method in place of "auto"; time: what loading the model took."""
+
+    recipe: Recipe
+    model: LoadedModel
+    time: StageTime
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the bytes of the bundle."""
+        row, config = model_row(self.model), self.model.config_sha256
+        return sha256_json([self.recipe.document(), row, config, tool_versions(), machine.code_version()])
+
+
+def compile_prepared(request: BuildRequest, prepared: Prepared) -> Path:
+    """As `compile_engine`, of what `prepare` gave."""
+    recipe, model, key = prepared.recipe, prepared.model, prepared.key
+    with WorkFolder(request.work_path, key, request.resume, request.force, request.listener, [prepared.time]) as work:
         layers = calibrated(work, model, recipe, request.checkpoint)
         exported(work, model, layers, recipe)
         results = {target: built(work, target, recipe) for target in request.targets}
         if request.drop_portable:
             del results[PORTABLE]
-        facts = manifest.BuildFacts(recipe, model_row(model), layers, list(model.kept()), results, work.times)
+        facts = manifest.BuildFacts(key, recipe, model_row(model), layers, list(model.kept()), results, work.times)
         drop_other_targets(work.bundle, request.targets)
         describe(work.bundle, model, recipe)
         verified(work, model, facts, request.rejected_path)
@@ -102,7 +122,7 @@ def compile_engine(request: BuildRequest) -> Path:
     return request.output
 
 
-def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
+def prepare(request: BuildRequest) -> Prepared:
     """The recipe with its method, and the model: all that can be refused before work starts is refused here."""
     recipe = request.recipe
     refuse_early(request)
@@ -121,7 +141,7 @@ def prepare(request: BuildRequest) -> tuple[Recipe, LoadedModel, StageTime]:
     if request.checkpoint:
         refuse_unfit(model, recipe, request.checkpoint)
     refuse_interrupted(request.work_path, request.resume, request.force)
-    return recipe, model, model_time
+    return Prepared(recipe, model, model_time)
 
 
 def refuse_no_attention(model: LoadedModel, recipe: Recipe) -> None:
@@ -153,7 +173,7 @@ def refuse_existing(request: BuildRequest) -> None:
     """Refuse to replace what was not to be replaced, or is no bundle."""
     if request.output.exists() and not request.force:
         raise RecipeError(f"{request.output} exists; add --force to replace it, or choose another --output-dir")
-    if request.output.exists() and not (request.output / MANIFEST_FILE).is_file():
+    if request.output.exists() and not is_bundle(request.output):
         raise RecipeError(f"{request.output} is not a bundle and is not replaced; choose another --output-dir")
 
 
@@ -295,7 +315,7 @@ def verified(work: WorkFolder, model: LoadedModel, facts: manifest.BuildFacts, r
         with opened(work.bundle, tuple(lowered)) as engines:
             report = verify(model, facts.layers, lowered, engines, facts.recipe, work.bundle / "report")
         if not report.passed:  # the engine is kept, complete with manifest and report, apart from the good ones
-            rejected.parent.mkdir(exist_ok=True)
+            rejected.parent.mkdir(parents=True, exist_ok=True)
             manifest.write(manifest.compose(facts, work.bundle), work.bundle)
             publish(work.bundle, rejected, aside=work.path / "replaced")
             raise ParityError(f"{report.sentence()}; see {rejected / REPORT_PAGE}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -30,6 +31,8 @@ GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
 # What the flags --model, --variant and --config say, None where one was not given.
 ModelFlags = tuple[str | None, str | None, str | None]
+# Tables of a pipeline's other parts, by the part's name.
+Components = dict[str, dict[str, object]]
 # Far beyond what anyone computes: a slip of the finger, or a hostile file, is refused at once.
 MOST_SEED, MOST_STEPS, MOST_SAMPLES, MOST_PIXELS, MOST_GROUP = 2**63, 10_000, 65_536, 32_768, 2**20
 RULES = Rules(RecipeError, "see recipe.toml in any bundle for the form")
@@ -199,6 +202,9 @@ class Recipe:
     model_variant, model_config: which of the model's weights files, and its config.json where it is elsewhere; both as
     `export.models.load.load` takes them, "" for the plain ones. targets: options by the target's name; those of targets
     that are not named are the defaults. In TOML each is a table of the target's name.
+
+    components: for the parts of a pipeline beside its denoiser, such as "text_encoder", tables of their own: `recipe`,
+    the name of the recipe that the part begins with, and keys as here that differ from it (`component_recipe`).
     """
 
     name: str
@@ -213,6 +219,7 @@ class Recipe:
     sampling: Sampling = Sampling()
     budgets: Budgets = Budgets()
     targets: Mapping[str, Options] = field(default_factory=dict)
+    components: Components = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_name(self.name, Path("recipe"), RecipeError)
@@ -222,6 +229,9 @@ class Recipe:
         for name, options in self.targets.items():
             _check(type(options) is type(defaults.get(name)), f"recipe {self.name}: {name} has no options {options!r}")
         object.__setattr__(self, "targets", defaults | dict(self.targets))
+        for name, table in self.components.items():
+            if BASE in table:
+                component_recipe(self, name, "", self.model)  # refuses keys and values that no recipe has
 
     def options(self, kind: type[OptionsT]) -> OptionsT:
         """The options of the target that has such."""
@@ -235,6 +245,8 @@ class Recipe:
         """Everything as TOML has it; `from_dict` gives an equal recipe back."""
         common = {**asdict(self), "attention": self.attention.document()}
         tables: dict[str, dict[str, object]] = common.pop("targets")
+        if not self.components:
+            del common["components"]
         return common | {name: table for name, table in tables.items() if table}
 
 
@@ -275,6 +287,11 @@ def _instance(kind: type[T], values: Mapping[str, object], source: str) -> T:
 
 # Type of a field -> what a value must be, in words; the test; what makes the field of it.
 TYPES: dict[object, tuple[str, Callable[[Any], bool], Callable[[Any], object]]] = {
+    Components: (
+        "a table for each part of a pipeline",
+        lambda value: type(value) is dict and all(type(table) is dict for table in value.values()),
+        copy.deepcopy,
+    ),
     str: ("text", lambda value: type(value) is str, str),
     str | None: ("text", lambda value: type(value) is str, str),  # None is an absent key
     Literal: ("text", lambda value: type(value) is str, str),  # which, its class checks
@@ -355,7 +372,11 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
             raise RecipeError(f"--set {setting!r}: expected key=value, for example weights.group_size=32")
         *tables, last = _path(SHORT_KEYS.get(key, key), setting)
         table: object = document
+        if tables[:1] == [COMPONENTS]:  # tables of parts that the recipe does not mention yet
+            document.setdefault(COMPONENTS, {})
         for name in tables:
+            if tables[0] == COMPONENTS and isinstance(table, dict):
+                table.setdefault(name, {})
             table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict):
             raise RecipeError(f"--set {setting!r}: {key} is not a key of the recipe; see recipe.toml in any bundle")
@@ -364,6 +385,41 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
             table["options"] = {}  # they were another method's
         table[last] = value
     return from_dict(document, " ".join(f"--set {setting}" for setting in settings)) if settings else recipe
+
+
+# Of a recipe, the tables of a pipeline's other parts; in such a table, the recipe that it begins with.
+COMPONENTS, BASE = "components", "recipe"
+
+
+def component_recipe(recipe: Recipe, name: str, base: str, model: str) -> Recipe:
+    """The recipe of the part `name` of a pipeline, whose folder is `model`: what the table `components.NAME` of
+    `recipe` begins with, or the recipe `base`, with the keys of that table, and the targets' options of `recipe`.
+
+    Raises RecipeError for a table that makes no recipe.
+    """
+    table = dict(recipe.components.get(name, {}))
+    source, base_name = f"{recipe.name}: {COMPONENTS}.{name}", table.pop(BASE, base)
+    if not isinstance(base_name, str):
+        raise RecipeError(f"{source}.{BASE} is {base_name!r}; give the name of a recipe, or a .toml file")
+    if COMPONENTS in table:
+        raise RecipeError(f"{source}.{COMPONENTS}: a part of a pipeline has none of its own; remove the table")
+    own = {key: value for key, value in table.items() if key in BACKENDS}
+    merged = merged_tables(load(base_name).document() | {"model": model}, table)
+    whole = from_dict(merged, source)
+    return whole if own else replace(whole, targets=recipe.targets)
+
+
+def merged_tables(document: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    """`document` with the keys of `changes`; a table in both is merged in the same way.
+
+    >>> merged_tables({"a": 1, "formats": {"weight": "E2M1"}}, {"formats": {"activation": "INT8"}})
+    {'a': 1, 'formats': {'weight': 'E2M1', 'activation': 'INT8'}}
+    """
+    result = dict(document)
+    for key, value in changes.items():
+        before = result.get(key)
+        result[key] = merged_tables(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return result
 
 
 def _path(key: str, setting: str) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
 from pipeline.bundle.manifest_schema import File, Manifest
 from pipeline.bundle.snapshot import REMEDY, verified_copy
-from pipeline.files import MANIFEST_FILE, tree
+from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
 from pipeline.generate.conditioning import Generation, load_generation
 
 if TYPE_CHECKING:
@@ -161,6 +162,11 @@ def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
         raise ContractError(
             f"{folder} is not a folder; give the folder that build wrote, for example engines/pixart_w4a6"
         )
+    if (folder / PIPELINE_FILE).is_file():
+        raise RecipeError(
+            f"{folder} is a pipeline bundle; give a component of it, as {folder / 'transformer'}, or draw with the "
+            "whole by `ditc generate` or ditc.Pipeline"
+        )
     document = manifest.read(folder)
     refuse_unknown_targets(document, folder)
     refuse_strange_files(folder, document["files"], document["targets"])
@@ -199,19 +205,25 @@ def refuse_unknown_targets(document: Manifest, folder: Path) -> None:
 
 def verify_files(folder: Path, files: Mapping[str, File]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
-    present = tree(folder)
-    links = (name for name in present if (folder / name).is_symlink())  # sha256 refuses pipes and devices
+    verify_listed(folder, set(tree(folder)) - {MANIFEST_FILE}, files, "manifest")
+
+
+def verify_listed(folder: Path, names: AbstractSet[str], files: Mapping[str, File], table: str) -> None:
+    """Compare the files `names` of a folder, relative to it, with the table of files of the document called `table`.
+
+    Raises ContractError naming the first difference.
+    """
+    links = (name for name in sorted(names) if (folder / name).is_symlink())  # sha256 refuses pipes and devices
     foreign = [name for name in links if not is_hub_link(folder / name, folder)]
     if foreign:
         raise ContractError(f"{folder / foreign[0]} is a link; a bundle has plain files only, copy it with cp -rL")
-    names = set(present) - {MANIFEST_FILE}
-    for text, differing in (("is missing", set(files) - names), ("is not in the manifest", names - set(files))):
+    for text, differing in (("is missing", files.keys() - names), (f"is not in the {table}", names - files.keys())):
         if differing:
             raise ContractError(f"{folder / min(differing)} {text}; {REMEDY}")
     for path, row in ((folder / name, row) for name, row in files.items()):
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != row["size"]:
-            raise ContractError(f"{path} has {size} bytes, the manifest says {row['size']}; {REMEDY}")
+            raise ContractError(f"{path} has {size} bytes, the {table} says {row['size']}; {REMEDY}")
         if sha256(path) != row["sha256"]:
-            raise ContractError(f"{path} differs from the manifest (sha256); {REMEDY}")
+            raise ContractError(f"{path} differs from the {table} (sha256); {REMEDY}")

@@ -27,8 +27,9 @@ RULES = Rules(version=SCHEMA_VERSION)
 @dataclass(frozen=True)
 class BuildFacts:
     """What the stages found out, from which `compose` makes the manifest. model: source, revision, sha256, family, and
-    which tensors of its files are in it."""
+    which tensors of its files are in it. key: a hash of everything that decides the bytes of the bundle."""
 
+    key: str
     recipe: Recipe
     model: Mapping[str, object]
     layers: list[QuantizedLinear]
@@ -45,6 +46,7 @@ def compose(facts: BuildFacts, folder: Path) -> dict[str, object]:
     }
     return {
         "schema_version": SCHEMA_VERSION,
+        "key": facts.key,
         "engine": facts.recipe.name,
         "recipe": facts.recipe.document(),
         "model": dict(facts.model),

@@ -99,9 +99,11 @@ class File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The whole document. recipe: see pipeline/recipe.py."""
+    """The whole document. key: of everything that decides the bundle's bytes; bundles of earlier versions lack it.
+    recipe: see pipeline/recipe.py."""
 
     schema_version: int
+    key: NotRequired[Sha256]
     engine: Name
     recipe: dict[str, object]
     model: Model

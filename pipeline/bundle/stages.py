@@ -59,8 +59,8 @@ MARKER_RULES = Rules(extra="forbid")
 class WorkFolder:
     """Context of one build: holds the lock, knows the key, runs stages.
 
-    On leaving with an error: a user error or a full disk removes the folder (nothing is left behind); an interruption,
-    a lack of memory or a bug keeps it for `resume`.
+    On leaving with an error: a user error or a full disk removes the folder (nothing is left behind), unless it `keeps`
+    finished parts; an interruption, a lack of memory or a bug keeps it for `resume`.
     """
 
     path: Path
@@ -69,6 +69,7 @@ class WorkFolder:
     force: bool = False
     listener: Listener = lambda event: None
     times: list[StageTime] = field(default_factory=list)
+    keeps: bool = False
 
     @property
     def bundle(self) -> Path:
@@ -103,7 +104,7 @@ class WorkFolder:
             folder.mkdir(exist_ok=True)
 
     def _leave(self, error: BaseException | None) -> None:
-        if error is None or isinstance(error, UserError) or is_out_of_disk(error):
+        if error is None or ((isinstance(error, UserError) or is_out_of_disk(error)) and not self.keeps):
             remove(self.path)
             for folder in self.made_parents if error else ():
                 if not any(folder.iterdir()):

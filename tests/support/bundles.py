@@ -55,7 +55,9 @@ def facts(folder: Path) -> manifest.BuildFacts:
     result = BuildResult(("cpu/model.onnx",), lowered, {"opset": 21})
     model = {"source": "here", "revision": "", "sha256": "0" * 64, "family": "pixart"}
     kept = [("proj_out", "the last layer")]
-    return manifest.BuildFacts(recipe.Recipe(name="small", model="here"), model, [layer], kept, {"cpu": result})
+    return manifest.BuildFacts(
+        "0" * 64, recipe.Recipe(name="small", model="here"), model, [layer], kept, {"cpu": result}
+    )
 
 
 def make_bundle(folder: Path) -> Path:

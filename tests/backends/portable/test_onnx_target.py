@@ -341,7 +341,7 @@ def made_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lowered = BACKENDS[target].lower(folder / "model.onnx", scratch, recipe)
         results[target] = BACKENDS[target].build(lowered, folder / target, recipe)
     describe(folder, model, recipe)
-    facts = manifest.BuildFacts(recipe, model_row(model), layers, list(model.kept()), results)
+    facts = manifest.BuildFacts("0" * 64, recipe, model_row(model), layers, list(model.kept()), results)
     manifest.write(manifest.compose(facts, folder), folder)
     return folder
 

@@ -1,0 +1,140 @@
+"""A pipeline bundle: a folder of component bundles under diffusers' names, with tokenizers and a scheduler.
+
+`pipeline.json` lists the components with the hash of each one's manifest, and size and hash of every other file, so
+that whoever trusts it trusts all. A component is a bundle of its own: it may be opened, proven and replaced alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import MinLen
+from typing_extensions import TypedDict
+
+from export.documents import Rules, read_json, sha256
+from export.errors import ContractError
+from export.names import distinct, inside, is_hub_link
+from pipeline.bundle.bundle import Bundle, load_bundle, verify_listed
+from pipeline.bundle.manifest_schema import File, Name
+from pipeline.bundle.snapshot import REMEDY
+from pipeline.bundle.stages import StageTime
+from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
+from pipeline.generate.schedulers.config import CONFIG_FILE as SCHEDULER_FILE
+from pipeline.generate.tokenizer import TOKENIZER_FILE
+
+SCHEMA_VERSION = 1
+RULES = Rules(version=SCHEMA_VERSION)
+SCHEDULER = "scheduler"
+# What there is in the folder of the pipeline itself beside tokenizers and scheduler.
+OWN_FILES = ("report/parity.json",)
+
+
+class Component(TypedDict):
+    """One component bundle. sha256: of its manifest."""
+
+    engine: Name
+    sha256: str
+
+
+class PipelineManifest(TypedDict):
+    """The whole document. class_name: of the diffusers pipeline. index: its model_index.json. left_out: parts of it
+    that the bundle does without, and why. recipe: see pipeline/recipe.py."""
+
+    schema_version: int
+    pipeline: Name
+    class_name: Name
+    index: dict[str, object]
+    components: Annotated[dict[str, Component], MinLen(1)]
+    files: dict[str, File]
+    left_out: dict[str, str]
+    recipe: dict[str, object]
+    source: dict[str, str]
+    tools: dict[str, str]
+    code: str
+    machine: dict[str, object]
+    created: str
+    stages: list[StageTime]
+
+
+@dataclass(frozen=True)
+class PipelineBundle:
+    """A verified pipeline bundle. components: in the order of diffusers' names."""
+
+    path: Path
+    manifest: PipelineManifest
+    components: Mapping[str, Bundle]
+
+    @property
+    def name(self) -> str:
+        return self.manifest["pipeline"]
+
+    @property
+    def class_name(self) -> str:
+        return self.manifest["class_name"]
+
+    @property
+    def scheduler(self) -> Path:
+        """Its scheduler_config.json."""
+        return self.path / SCHEDULER / SCHEDULER_FILE
+
+    @property
+    def tokenizers(self) -> dict[str, Path]:
+        """Name, as "tokenizer_2", to tokenizer.json."""
+        names = (name.split("/") for name in self.manifest["files"] if name.endswith(f"/{TOKENIZER_FILE}"))
+        return {folder: self.path / folder / file for folder, file in names}
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Is the folder a pipeline bundle, rather than a bundle of one model?"""
+    return (folder / PIPELINE_FILE).is_file()
+
+
+def load_pipeline(path: str | Path, threads: int | None = None) -> PipelineBundle:
+    """Open a pipeline bundle; every file of it and of its components is verified before anything is deserialized.
+
+    threads: of an engine's call on the CPU; None: what the machine allows. Raises ContractError for one that is damaged
+    or of another version.
+    """
+    folder = Path(path)
+    manifest = read(folder)
+    own = {name: folder / name for name in tree(folder) if name.split("/")[0] not in manifest["components"]}
+    verify_listed(folder, own.keys() - {PIPELINE_FILE}, manifest["files"], PIPELINE_FILE)
+    components = {}
+    for name, row in manifest["components"].items():
+        document = folder / name / MANIFEST_FILE
+        if not document.is_file():
+            raise ContractError(f"{document} is missing; {REMEDY}")
+        if sha256(document) != row["sha256"]:
+            raise ContractError(f"{document} differs from {folder / PIPELINE_FILE} (sha256); {REMEDY}")
+        components[name] = load_bundle(folder / name, threads)
+    return PipelineBundle(folder, manifest, components)
+
+
+def read(folder: Path) -> PipelineManifest:
+    """The pipeline.json of a folder, its form and names checked. Raises ContractError."""
+    path = folder / PIPELINE_FILE
+    if not path.is_file() or (path.is_symlink() and not is_hub_link(path, folder)):
+        raise ContractError(f"{folder} is not a pipeline bundle: it has no {PIPELINE_FILE}; give the folder of a build")
+    manifest = read_json(path, PipelineManifest, RULES)
+    for name in (*manifest["files"], *manifest["components"]):
+        inside(folder, name, path)
+    for name in manifest["components"]:
+        if "/" in name:
+            raise ContractError(f"{path}: component {name!r} is no plain name; {REMEDY}")
+    distinct([*manifest["files"], *manifest["components"], PIPELINE_FILE], path)
+    refuse_strange_files(path, manifest["files"])
+    return manifest
+
+
+def refuse_strange_files(path: Path, files: Iterable[str]) -> None:
+    """Raise ContractError for the first file that no build makes. path: of pipeline.json."""
+    for name in sorted(files):
+        folder, _, file = name.rpartition("/")
+        is_tokenizer = folder.startswith("tokenizer") and "/" not in folder and file == TOKENIZER_FILE
+        if not (is_tokenizer or name == f"{SCHEDULER}/{SCHEDULER_FILE}" or name in OWN_FILES):
+            raise ContractError(
+                f"{path}: {name} is not a file that build makes; do not use this bundle, get it from its source"
+            )

@@ -1,0 +1,192 @@
+"""The compiler of whole pipelines: from a folder of diffusers to a bundle of component bundles.
+
+Each component is compiled by itself (pipeline/compiler.py), and taken over where the same was built before. Then the
+pipeline's own gate compares a picture of the run time with that of diffusers on the same components.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from export.documents import sha256
+from export.errors import ContractError, RecipeError
+from pipeline import machine
+from pipeline.backends import PORTABLE, tool_versions
+from pipeline.bundle import manifest, pipeline_bundle
+from pipeline.bundle.bundle import load_bundle
+from pipeline.bundle.manifest_schema import File
+from pipeline.bundle.pipeline_bundle import is_pipeline
+from pipeline.bundle.stages import WorkFolder, refuse_interrupted
+from pipeline.compiler import BuildRequest, Prepared, compile_prepared, prepare, refuse_existing
+from pipeline.files import (
+    MANIFEST_FILE,
+    PIPELINE_FILE,
+    publish,
+    refuse_unwritable,
+    remove,
+    sha256_json,
+    tree,
+    write_json,
+)
+from pipeline.generate.convert_tokenizer import convert_tokenizer
+from pipeline.generate.schedulers.config import CONFIG_FILE
+from pipeline.parts import SCHEDULER, TRANSFORMER, Part, PipelineFolder, read_folder
+
+logger = logging.getLogger(__name__)
+# What the other components are built for, whatever the denoiser is: they run once for a picture.
+OTHERS_TARGETS = ("cpu", PORTABLE)
+
+
+def compile_pipeline(request: BuildRequest, only: str | None = None) -> Path:
+    """Build the pipeline bundle of `request`, whose recipe's model is a pipeline's folder; returns its own folder.
+
+    only: the component to build again, or to add; the others are those of the bundle that is there. Raises what
+    `compile_engine` raises; components that are finished by then stay in the work folder, for --resume.
+    """
+    folder = read_folder(request.recipe)
+    parts = chosen_parts(request, folder, only)
+    refuse_early(request, only)
+    prepared = {part.name: prepare(part_request(request, part)) for part in parts}
+    key = sha256_json([str(folder.root), folder.index])
+    with WorkFolder(request.work_path, key, request.resume, request.force) as work:
+        for part in parts:
+            build_part(request, part, prepared.pop(part.name), work.bundle)
+            work.keeps = True
+        if only is not None:
+            take_over_others(request.output, work.bundle)
+        write_others(folder, work.bundle)
+        write_json(work.bundle / PIPELINE_FILE, composed(request, folder, work))
+        publish(work.bundle, request.output, aside=work.path / "replaced")
+        work.keeps = False
+    return request.output
+
+
+def chosen_parts(request: BuildRequest, folder: PipelineFolder, only: str | None) -> tuple[Part, ...]:
+    """The parts to build. Raises RecipeError for one that is to be put into a bundle which is not there."""
+    if only is None:
+        return folder.parts
+    if not is_pipeline(request.output):
+        raise RecipeError(
+            f"--component {only}: {request.output} is no pipeline bundle to put it into; build the whole without "
+            "--component first, or name that bundle by --output-dir"
+        )
+    pipeline_bundle.load_pipeline(request.output)  # refuses a damaged one
+    return (folder.part(only),)
+
+
+def refuse_early(request: BuildRequest, only: str | None) -> None:
+    """Refuse, before any part is looked at, to replace what was not to be replaced."""
+    if only is None:
+        refuse_existing(request)
+    refuse_unwritable(request.output, True, "--output-dir")
+    refuse_interrupted(request.work_path, request.resume, request.force)
+
+
+def part_request(request: BuildRequest, part: Part) -> BuildRequest:
+    """The request of one component, built in the work folder of the whole."""
+    is_denoiser = part.name == TRANSFORMER
+
+    def heard(event: Mapping[str, object]) -> None:
+        request.listener({"component": part.name, **event})
+
+    return replace(
+        request,
+        recipe=part.recipe,
+        targets=request.targets if is_denoiser else OTHERS_TARGETS,
+        output=request.work_path / "bundle" / part.name,
+        rejected=request.rejected_path / part.name,
+        force=True,  # what is in the work folder is the build's own
+        checkpoint=request.checkpoint if is_denoiser else None,
+        listener=heard,
+    )
+
+
+def build_part(request: BuildRequest, part: Part, prepared: Prepared, folder: Path) -> None:
+    """Compile a component into `folder`, or take over the same one from an interrupted or an earlier build."""
+    own, earlier = part_request(request, part), request.output / part.name
+    if is_same(own.output, own, prepared):
+        logger.info("%s: built before, taken over", part.name)
+    elif is_same(earlier, own, prepared):
+        logger.info("%s: as in %s, taken over", part.name, request.output)
+        link_tree(earlier, own.output)
+    else:
+        logger.info("component %s", part.name)
+        compile_prepared(own, prepared)
+
+
+def is_same(bundle: Path, request: BuildRequest, prepared: Prepared) -> bool:
+    """Is there a whole bundle that this request would make again?"""
+    if not (bundle / MANIFEST_FILE).is_file():
+        return False
+    try:
+        document = load_bundle(bundle).manifest
+    except ContractError as error:
+        logger.warning("%s; the component is built again", error)
+        return False
+    dropped = {PORTABLE} if request.drop_portable else set()
+    return document.get("key") == prepared.key and set(document["targets"]) == set(request.targets) - dropped
+
+
+def take_over_others(bundle: Path, folder: Path) -> None:
+    """Put the components of a pipeline bundle into `folder`, but for those that are there."""
+    for name in pipeline_bundle.read(bundle)["components"]:
+        if not (folder / name).exists():
+            link_tree(bundle / name, folder / name)
+
+
+def link_tree(source: Path, destination: Path) -> None:
+    """A folder of the same files, without their bytes a second time where the file system can."""
+    remove(destination)
+    shutil.copytree(source, destination, copy_function=_link)
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(os.path.realpath(source), destination)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, destination)
+
+
+def write_others(folder: PipelineFolder, bundle: Path) -> None:
+    """Tokenizers, each as one file, and the scheduler's configuration."""
+    for name, class_name in folder.tokenizers.items():
+        (bundle / name).mkdir(exist_ok=True)
+        convert_tokenizer(folder.root / name, class_name, bundle / name)
+    (bundle / SCHEDULER).mkdir(exist_ok=True)
+    shutil.copyfile(folder.root / SCHEDULER / CONFIG_FILE, bundle / SCHEDULER / CONFIG_FILE)
+
+
+def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> dict[str, object]:
+    """pipeline.json of the finished folder."""
+    bundle = work.bundle
+    names = [path.name for path in sorted(bundle.iterdir()) if (path / MANIFEST_FILE).is_file()]
+    own = [name for name in tree(bundle) if name.split("/")[0] not in names and name != PIPELINE_FILE]
+    files: dict[str, File] = {
+        name: {"size": (bundle / name).stat().st_size, "sha256": sha256(bundle / name)} for name in own
+    }
+    components = {
+        name: {"engine": manifest.read(bundle / name)["engine"], "sha256": sha256(bundle / name / MANIFEST_FILE)}
+        for name in names
+    }
+    return {
+        "schema_version": pipeline_bundle.SCHEMA_VERSION,
+        "pipeline": request.recipe.name,
+        "class_name": folder.class_name,
+        "index": folder.index,
+        "components": components,
+        "files": files,
+        "left_out": folder.left_out,
+        "recipe": request.recipe.document(),
+        "source": {"path": request.recipe.model, "revision": folder.revision},
+        "tools": tool_versions(),
+        "code": machine.code_version(),
+        "machine": machine.facts(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stages": [asdict(row) for row in work.times],
+    }

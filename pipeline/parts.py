@@ -1,0 +1,127 @@
+"""What a folder of a diffusers pipeline holds, part by part, and what becomes of each when it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from export.documents import shown
+from export.errors import ModelError, RecipeError
+from export.models.families import FAMILIES
+from export.models.sources import find
+from pipeline.generate.convert_tokenizer import CLASSES as TOKENIZERS
+from pipeline.generate.convert_tokenizer import refuse_tokenizer
+from pipeline.generate.pipeline_folder import INDEX, REMEDY, listed_parts, read_index
+from pipeline.generate.schedulers.config import CONFIG_FILE, read_scheduler_config
+from pipeline.recipe import Recipe, component_recipe
+
+TRANSFORMER, SCHEDULER = "transformer", "scheduler"
+# THE table of autoencoders: class in diffusers -> components that it becomes, which are also the recipes that they
+# begin with, and whether they are built unless the recipe or --component asks for them.
+AUTOENCODERS = {"AutoencoderKL": (("vae_decoder", True), ("vae_encoder", False))}
+TEXT_ENCODERS = tuple(row.class_name for row in FAMILIES.values() if row.library == "transformers")
+TEXT_RECIPE = "t5_w4a8"
+# Parts that drawing does without, by class, and why.
+LEFT_OUT = {
+    "StableDiffusionSafetyChecker": "it judges finished pictures; run it on them if you need it",
+    "CLIPImageProcessor": "it prepares pictures for a safety checker or an image encoder, which are left out",
+    "CLIPFeatureExtractor": "it prepares pictures for a safety checker, which is left out",
+    "CLIPVisionModelWithProjection": "it reads pictures as prompts for adapters, which are not built",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component to build: its name in the bundle, and its own recipe."""
+
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """root: with model_index.json, whose contents are `index`. parts: in the index's order. added: those that are built
+    on demand alone. tokenizers: folder to class. left_out: parts that are not built, and why."""
+
+    root: Path
+    revision: str
+    index: dict[str, object]
+    parts: tuple[Part, ...]
+    added: tuple[Part, ...]
+    tokenizers: dict[str, str]
+    left_out: dict[str, str]
+
+    @property
+    def class_name(self) -> str:
+        return str(self.index["_class_name"])
+
+    def part(self, name: str) -> Part:
+        """Raises RecipeError for a name that no component has."""
+        parts = {part.name: part for part in (*self.parts, *self.added)}
+        if name not in parts:
+            raise RecipeError(f"--component {name}: {self.root} becomes {', '.join(parts)}; use one of these")
+        return parts[name]
+
+
+def is_whole(source: str) -> bool:
+    """Is the model `source` a folder of a diffusers pipeline, rather than of one model?"""
+    root = find(source)[0]
+    return root.is_dir() and (root / INDEX).is_file()
+
+
+def read_folder(recipe: Recipe) -> PipelineFolder:
+    """The parts of the pipeline that is the recipe's model, each with its recipe.
+
+    Raises ModelError, naming it, for a part that is missing or that nothing is known of, and RecipeError for a table of
+    the recipe that belongs to no part, or makes no recipe.
+    """
+    root, revision = find(recipe.model)
+    index = read_index(root / INDEX)
+    parts, added, tokenizers, left_out = list[Part](), list[Part](), dict[str, str](), dict[str, str]()
+    for name in listed_parts(root / INDEX):
+        class_name, folder = _class_of(index, name, root), root / name
+        if class_name in LEFT_OUT:
+            left_out[name] = LEFT_OUT[class_name]
+        elif not folder.is_dir():
+            raise ModelError(
+                f"{folder} is missing, which {root / INDEX} lists; download it too, or build one model alone with "
+                f"-m {root / TRANSFORMER}"
+            )
+        elif name == TRANSFORMER:
+            parts.append(Part(name, replace(recipe, model=str(folder), components={})))
+        elif class_name in AUTOENCODERS:
+            for component, by_default in AUTOENCODERS[class_name]:
+                part = Part(component, _recipe(recipe, component, component, folder))
+                (parts if by_default or component in recipe.components else added).append(part)
+        elif class_name in TEXT_ENCODERS:
+            parts.append(Part(name, _recipe(recipe, name, TEXT_RECIPE, folder)))
+        elif class_name.removesuffix("Fast") in TOKENIZERS:
+            refuse_tokenizer(folder, class_name)
+            tokenizers[name] = class_name
+        elif name == SCHEDULER:
+            read_scheduler_config(folder / CONFIG_FILE)
+        else:
+            known = ", ".join((*TEXT_ENCODERS, *AUTOENCODERS, *TOKENIZERS))
+            raise ModelError(f"{root}: part {name} is of class {class_name}, which cannot be built; known are {known}")
+    pipeline = PipelineFolder(root, revision, index, tuple(parts), tuple(added), tokenizers, left_out)
+    for name in recipe.components:
+        if name == TRANSFORMER:
+            raise RecipeError(f"{recipe.name}: components.{name} is the recipe itself; put its keys outside of a table")
+        pipeline.part(name)
+    return pipeline
+
+
+def _class_of(index: Mapping[str, object], name: str, root: Path) -> str:
+    """The class of a part, which the index states as [library, class]."""
+    stated = index[name]
+    class_name = stated[1] if isinstance(stated, list) else None
+    if not isinstance(class_name, str):
+        raise ModelError(f"{root / INDEX}: part {name} is {shown(stated)}; expected a library and a class; {REMEDY}")
+    return class_name
+
+
+def _recipe(recipe: Recipe, name: str, base: str, folder: Path) -> Recipe:
+    """Of a part other than the denoiser; the variant of the weights is the pipeline's."""
+    own = component_recipe(recipe, name, base, str(folder))
+    return own if own.model_variant else replace(own, model_variant=recipe.model_variant)
