@@ -1,13 +1,14 @@
 """From prompts to pictures with a bundle, called as a diffusers pipeline is.
 
-Names of arguments and of what is returned are those of diffusers. Whatever draws another kind of bundle serves under
-the same names: `__call__` for people, `start` for whoever shares out the steps of a batch, as pipeline/serve does.
+Names of arguments and of what is returned are those of diffusers. Whatever kind of bundle it is: `__call__` is for
+people, `start` for whoever shares out the steps of a batch, as pipeline/serve does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 from export.documents import shown
 from export.errors import RecipeError
-from export.models.families import FAMILIES, shared_names, stated_inputs
 from pipeline import load
 from pipeline.backends.base import Arrays
 from pipeline.generate.draw import (
@@ -25,13 +25,12 @@ from pipeline.generate.draw import (
     Drawing,
     DrawRequest,
     Picture,
+    PictureModel,
     Pictures,
-    makes_pixels,
-    noise_of,
-    picture_shape,
     to_floats,
 )
-from pipeline.generate.sampling import Sampler, Trajectory, make_sampler
+from pipeline.generate.pixel_model import PixelModel
+from pipeline.generate.sampling import FloatArray
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,55 +40,56 @@ if TYPE_CHECKING:
 # (the batch that is drawn, number of the step that ended, its timestep, {"latents": [B, C, H, W] float32}) -> other
 # latents to go on with under the same name, or None.
 Callback = Callable[[Drawing, int, float, Arrays], Arrays | None]
+# What image-to-image changes a picture by, as diffusers has it.
+STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """images: a list of PIL pictures, or [B, H, W, C] float32 from 0 to 1; prompt by prompt. seeds: of each picture.
-    interrupted: whether a callback ended the drawing, so that the last pictures are unfinished, or absent."""
+    """images: a list of PIL pictures, or [B, H, W, C] float32 from 0 to 1, or latents [B, C, h, w]; prompt by prompt.
+    seeds: of each picture. interrupted: whether a callback ended the drawing, so that the last pictures are unfinished,
+    or absent. seconds: what each part of the model took, with loading it, by its name."""
 
     images: list[Image] | NDArray[np.float32]
     seeds: tuple[int, ...]
     interrupted: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Pipeline:
-    """A bundle of a pixel model with its engine, which is loaded once. May be called from any number of threads.
+    """A model that draws, with its engines. May be called from any number of threads.
 
-    name, height, width: of the engine; n_steps, guidance_scale: the model's own; examples: prompts that it knows.
+    name, height, width: of the bundle, and of its pictures in pixels; n_steps, guidance_scale: the model's own; examples:
+    prompts that it knows.
 
     with Pipeline.load("engines/pixart_w4a6") as pipeline:
         pipeline("a red circle on white", seed=3).images[0].save("out.png")
     """
 
-    def __init__(self, bundle: Bundle, target: str = "auto") -> None:
-        """Raises RecipeError for a model of latents, and what `Bundle.engine` raises."""
-        if not makes_pixels(bundle):
-            raise RecipeError(
-                f"{bundle.path}: its model needs the text encoder and VAE of its diffusers pipeline to draw; set that "
-                "pipeline's transformer to load(BUNDLE).as_diffusers()"
-            )
-        self.bundle, self.name = bundle, bundle.name
-        with bundle.generation() as generation:
-            self.generation = generation.loaded()
-        self.n_steps, self.guidance_scale = self.generation.n_steps, self.generation.guidance_scale
-        self.examples = tuple(self.generation.conditioning.get("examples", ()))
-        self.channels, self.height, self.width = picture_shape(bundle)
-        # Classes without a row of their own have no inputs without a batch axis.
-        family = FAMILIES.get(bundle.manifest["model"]["family"])
-        rows = stated_inputs(family, bundle.config(), bundle.path / "config.json") if family else ()
-        self.shared = shared_names(rows)
-        self.engine = bundle.engine(target)
+    def __init__(self, model: PictureModel, bundle: Bundle | None = None) -> None:
+        """bundle: that the model is from, for those who show its report."""
+        self.model, self.bundle = model, bundle
+        self.name, self.examples = model.name, model.examples
+        self.height, self.width = model.height, model.width
+        self.n_steps, self.guidance_scale = model.n_steps, model.guidance_scale
 
     @classmethod
-    def load(cls, path: str | Path, target: str = "auto", threads: int | None = None) -> Pipeline:
-        """The pipeline of a bundle folder, whose files are verified; target and threads as `generate` takes them."""
-        return cls(load(path, threads), target)
+    def load(
+        cls, path: str | Path, target: str = "auto", threads: int | None = None, keep_loaded: bool = False
+    ) -> Pipeline:
+        """The pipeline of a bundle folder, whose files are verified; target and threads as `generate` takes them.
+
+        keep_loaded: of a whole pipeline, keep all of its parts in memory; else each is loaded when it is needed, and let
+        go before the next one is.
+        """
+        bundle = load(path, threads)
+        return cls(PixelModel(bundle, target), bundle)
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        class_labels: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -97,30 +97,54 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int = 0,
+        latents: FloatArray | None = None,
+        image: Image | NDArray[np.generic] | Sequence[Image | NDArray[np.generic]] | None = None,
+        strength: float | None = None,
         callback_on_step_end: Callback | None = None,
-        output_type: Literal["pil", "np"] = "pil",
+        output_type: Literal["pil", "np", "latent"] = "pil",
         **unknown: object,
     ) -> PipelineOutput:
         """Draw `num_images_per_prompt` pictures of each prompt, with the seeds `seed`, `seed` + 1, ...
 
-        None stands for the model's own. The callback sees every step of every batch of up to BATCH_SIZE pictures; it
-        may look at `drawing.previews()`, and end the drawing by `drawing.interrupt()`. Raises RecipeError for what the
-        engine cannot draw, and ContractError where it is broken.
+        None stands for the model's own. class_labels: numbers of classes, in the place of prompts. latents: noise to
+        begin with, [B, C, h, w], in the place of the seeds'. image: what to begin with, one picture or one for each
+        prompt (PIL, or [H, W, C] uint8 or floats from 0 to 1), of which the share `strength` of the steps is done
+        (default: 0.8). The callback sees every step of every batch of up to BATCH_SIZE pictures; it may look at
+        `drawing.previews()`, and end the drawing by `drawing.interrupt()`. Raises RecipeError for what the engine cannot
+        draw, and ContractError where it is broken.
         """
         self._refuse(height, width, output_type, unknown)
-        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        prompts = _prompts(prompt, class_labels)
         negative = (
             (negative_prompt,) * len(prompts) if isinstance(negative_prompt, str) else tuple(negative_prompt or ())
         )
-        request = DrawRequest(prompts, seed, num_images_per_prompt, num_inference_steps, guidance_scale, negative)
-        drawings = list(self.drawings(request, callback_on_step_end))
-        images: list[Image] | NDArray[np.float32]
-        if output_type == "np":
-            images = np.concatenate([to_floats(drawing.latents) for drawing in drawings])
-        else:
-            images = [as_image(picture) for drawing in drawings for picture in drawing.result()]
-        seeds = tuple(picture.seed for drawing in drawings for picture in drawing.pictures)
-        return PipelineOutput(images, seeds, drawings[-1].is_interrupted)
+        if strength is not None and image is None:
+            raise RecipeError(f"strength {shown(strength)} without an image; it is of image-to-image alone")
+        request = DrawRequest(
+            prompts,
+            seed,
+            num_images_per_prompt,
+            num_inference_steps,
+            guidance_scale,
+            negative,
+            self._images(image),
+            STRENGTH if strength is None else strength,
+            () if latents is None else tuple(np.asarray(latents, np.float32)),
+        )
+        images: list[Image] = []
+        arrays: list[FloatArray] = []
+        seeds: list[int] = []
+        seconds, interrupted = defaultdict[str, float](float), False
+        for drawing in self.drawings(request, callback_on_step_end):
+            if output_type == "pil":
+                images += [as_image(picture) for picture in drawing.result()]
+            else:
+                arrays.append(to_floats(drawing.decoded) if output_type == "np" else drawing.latents)
+            seeds += [picture.seed for picture in drawing.pictures]
+            interrupted = drawing.is_interrupted
+            for name, taken in drawing.seconds.items():
+                seconds[name] += taken
+        return PipelineOutput(np.concatenate(arrays) if arrays else images, tuple(seeds), interrupted, dict(seconds))
 
     def _refuse(self, height: int | None, width: int | None, output_type: str, unknown: dict[str, object]) -> None:
         """Raise RecipeError for arguments that this pipeline does not have, or not with these values."""
@@ -132,52 +156,48 @@ class Pipeline:
             raise RecipeError(
                 f"height x width {asked}; the engine draws {self.height} x {self.width}, build another for other sizes"
             )
-        if output_type not in ("pil", "np"):
-            raise RecipeError(f"output_type {shown(output_type)}; use 'pil' or 'np'")
+        if output_type not in ("pil", "np", "latent"):
+            raise RecipeError(f"output_type {shown(output_type)}; use 'pil', 'np' or 'latent'")
+
+    def _images(self, image: object) -> tuple[FloatArray, ...]:
+        """As of DrawRequest."""
+        if image is None:
+            return ()
+        several = image if isinstance(image, list | tuple) else (image,)
+        return tuple(as_input(one, (self.height, self.width, self.model.channels)) for one in several)
 
     def drawings(self, request: DrawRequest, on_step: Callback | None = None) -> Iterator[Drawing]:
-        """The pictures of a request, in batches of up to BATCH_SIZE, each drawn to its end; none after one that was
-        interrupted."""
-        pictures = request.pictures
-        self.check(request)
-        for first in range(0, len(pictures), BATCH_SIZE):
-            drawing = self.start(pictures[first : first + BATCH_SIZE], request.n_steps, request.guidance_scale)
-            while not drawing.is_over:
-                timestep = float(drawing.trajectory.sampler.timesteps[drawing.steps_done])
-                drawing.step()
-                if on_step is not None:
-                    _heed(drawing, on_step(drawing, drawing.steps_done - 1, timestep, {"latents": drawing.latents}))
-            yield drawing
-            if drawing.is_interrupted:
-                return
+        """The pictures of a request, in batches of up to BATCH_SIZE, each denoised to its end; none after one that was
+        interrupted. As many as the model says are denoised before the first is given to be decoded."""
+        self.model.check(request)
+        pictures, at_once = request.pictures, BATCH_SIZE * self.model.batches
+        with self.model.turn():
+            for first in range(0, len(pictures), at_once):
+                some = pictures[first : first + at_once]
+                batches = [some[start : start + BATCH_SIZE] for start in range(0, len(some), BATCH_SIZE)]
+                done = []
+                for drawing in self.model.start(batches, request.n_steps, request.guidance_scale, request.strength):
+                    done.append(drawing)
+                    _draw(drawing, on_step)
+                    if drawing.is_interrupted:
+                        break
+                yield from done
+                if done[-1].is_interrupted:
+                    return
 
     def check(self, request: DrawRequest) -> None:
-        """Raise RecipeError for prompts that the model does not know, or steps that its sampler does not have."""
-        self.generation.encode(list(request.prompts), request.negative_prompts)
-        self._sampler(request.n_steps)
+        """Raise RecipeError for what the model cannot draw, as a prompt that it does not know."""
+        self.model.check(request)
 
     def start(
         self, pictures: Sequence[Picture], n_steps: int | None = None, guidance_scale: float | None = None
     ) -> Drawing:
-        """A batch before its first step. Pictures of one batch may differ in all but steps and guidance.
-
-        A picture is the same whatever is drawn beside it, but for what floating point makes of another batch size.
-        """
-        encoded = self.generation.encode(
-            [picture.prompt for picture in pictures], [picture.negative_prompt for picture in pictures]
-        )
-        noise = noise_of(pictures, (self.channels, self.height, self.width))
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        trajectory = Trajectory(self.engine.run, encoded, noise, self._sampler(n_steps), scale, self.shared)
-        return Drawing(pictures, trajectory)
-
-    def _sampler(self, n_steps: int | None) -> Sampler:
-        own = self.generation
-        return make_sampler(own.sampler, self.n_steps if n_steps is None else n_steps, own.timestep_scale)
+        """A batch before its first step; see PictureModel."""
+        return self.model.start([pictures], n_steps, guidance_scale)[0]
 
     def close(self) -> None:
-        """Free the engine, when the calls that are running have ended; later calls raise RecipeError."""
-        self.engine.close()
+        """Free the engines, when the calls that are running have ended; later calls raise RecipeError."""
+        self.model.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -188,6 +208,15 @@ class Pipeline:
         self.close()
 
 
+def _draw(drawing: Drawing, on_step: Callback | None) -> None:
+    """All steps of a batch, of which a callback may be told."""
+    while not drawing.is_over:
+        timestep = drawing.timestep
+        drawing.step()
+        if on_step is not None:
+            _heed(drawing, on_step(drawing, drawing.steps_done - 1, timestep, {"latents": drawing.latents}))
+
+
 def _heed(drawing: Drawing, answer: Arrays | None) -> None:
     """Go on as a callback answers. Raises RecipeError for what cannot be exchanged."""
     for name, value in (answer or {}).items():
@@ -196,8 +225,45 @@ def _heed(drawing: Drawing, answer: Arrays | None) -> None:
         drawing.replace(value)
 
 
+def _prompts(prompt: str | Sequence[str] | None, class_labels: Sequence[int] | None) -> tuple[str, ...]:
+    """What is drawn, in words. Raises RecipeError unless it is said once."""
+    if class_labels is not None:
+        if prompt is not None:
+            raise RecipeError("prompt and class_labels both say what to draw; give one of them")
+        return tuple(str(label) for label in class_labels)
+    if prompt is None:
+        raise RecipeError("no prompt was given; give at least one")
+    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+
+
 def as_image(picture: Pictures) -> Image:
     """A PIL picture of [H, W, 1 or 3] uint8."""
     from PIL import Image
 
     return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+
+
+def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
+    """A picture to begin with as models have it, [C, H, W] float32 from -1 to 1.
+
+    image: PIL, or [H, W, C] (of one channel also [H, W]), uint8 or floats from 0 to 1. shape: H, W and C of the model.
+    Raises RecipeError for a picture of another size, or for what is none.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        pixels: NDArray[np.generic] = np.asarray(image.convert("L" if shape[2] == 1 else "RGB"))
+    elif isinstance(image, np.ndarray):
+        pixels = image
+    else:
+        raise RecipeError(f"image of {type(image).__name__}; give a PIL picture or an array [H, W, C]")
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    if pixels.shape != shape:
+        raise RecipeError(f"image of {pixels.shape}; the engine draws {shape} (height, width, channels): resize it first")
+    if pixels.dtype == np.uint8:
+        floats = pixels.astype(np.float32) / np.float32(255)
+    elif pixels.dtype.kind == "f" and np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1:
+        floats = pixels.astype(np.float32)
+    else:
+        raise RecipeError(f"image of {pixels.dtype}; give uint8, or floats from 0 to 1")
+    return np.ascontiguousarray((floats * np.float32(2) - np.float32(1)).transpose(2, 0, 1))

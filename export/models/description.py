@@ -12,17 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.documents import read_json
-from export.errors import EnvironmentLacksError, RecipeError
+from export.errors import RecipeError
 from export.models.config import RULES
 from export.models.families import Config, Family, Input, shared_names
+from export.models.rotary import BASE_PIXELS, rotary_tables
 
 # A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
 LATENT_PIXELS = 8
 GENERATION_FILE = "generation.json"
 # Of a text encoder, which makes no picture.
 NO_CELLS = (0, 0)
-# HunyuanDiT's rotary positions are laid out on the grid of a 512 pixel image (its pipeline's base size).
-ROTARY_BASE_PIXELS = 512
 Array = NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64] | NDArray[np.bool_]
 Cells = tuple[int, int]
 Shape = tuple[int, ...]
@@ -129,28 +128,11 @@ def _rotary(part: int) -> Callable[..., Array]:
     """Cosines (part 0) or sines (part 1) of two-dimensional rotary positions, [patches, head_dim]."""
 
     def table(shape: Shape, _: object, model: Description, cells: Cells) -> Array:
-        try:
-            from diffusers.models.embeddings import get_2d_rotary_pos_embed
-        except ImportError as error:
-            remedy = "install with: pip install 'ditc[build]'"
-            raise EnvironmentLacksError(
-                f"HunyuanDiT's rotary tables are those of diffusers ({error}); {remedy}"
-            ) from error
-
         patch = model.config["patch_size"]
         grid = (cells[0] // patch, cells[1] // patch)
-        region = _centred_region(grid, ROTARY_BASE_PIXELS // model.pixels_per_cell // patch)
-        return get_2d_rotary_pos_embed(shape[1], region, grid, output_type="pt")[part].numpy()
+        return rotary_tables(shape[1], grid, BASE_PIXELS // model.pixels_per_cell // patch)[part]
 
     return table
-
-
-def _centred_region(grid: Cells, base: int) -> tuple[Cells, Cells]:
-    """Corners of the grid scaled to fit a square of side `base` and centred in it."""
-    scale = base / max(grid)
-    size = [round(side * scale) for side in grid]
-    start = [round((base - side) / 2) for side in size]
-    return (start[0], start[1]), (start[0] + size[0], start[1] + size[1])
 
 
 FILL_FUNCTIONS: dict[str, Callable[..., Array]] = {

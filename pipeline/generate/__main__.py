@@ -18,7 +18,8 @@ import numpy as np
 from export.errors import RecipeError
 from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.files import refuse_unwritable
-from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures, makes_pixels
+from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
+from pipeline.generate.pixel_model import PixelModel, makes_pixels
 from pipeline.progress import track
 from pipeline.signals import leave
 from pipeline.text_to_image import Pipeline, as_image
@@ -38,7 +39,7 @@ def draw(bundle: Bundle, request: DrawRequest, target: str = "auto") -> Pictures
     """Pictures [prompts * num_images, H, W, 1 or 3] uint8 of a pixel model."""
     with bundle.generation() as generation:
         generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
-    with Pipeline(bundle, target) as pipeline:
+    with Pipeline(PixelModel(bundle, target)) as pipeline:
         batches = math.ceil(len(request.pictures) / BATCH_SIZE)
         drawn = [drawing.result() for drawing in track(pipeline.drawings(request), batches, "draw")]
     return np.concatenate(drawn)

@@ -1,23 +1,21 @@
-"""What can be asked of a pixel model, and a batch of its pictures on the way: NumPy and an engine alone."""
+"""What can be asked of a model that draws, and a batch of its pictures on the way: NumPy and engines alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.documents import shown
 from export.errors import ContractError, RecipeError
-from pipeline.generate.conditioning import GENERATION_FILE
 from pipeline.generate.sampling import FloatArray, Trajectory
+from pipeline.generate.schedulers.base import SeededNoise
 from pipeline.recipe import MOST_SEED, MOST_STEPS
-
-if TYPE_CHECKING:
-    from pipeline.bundle.bundle import Bundle
 
 # Pictures drawn at a time: with guidance a batch of 8, the largest that every engine is built for.
 BATCH_SIZE = 4
@@ -28,11 +26,17 @@ Pictures = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw. negative_prompt: what guidance leads away from; None: the empty prompt."""
+    """One picture to draw. negative_prompt: what guidance leads away from; None: the empty prompt.
+
+    image: what image-to-image begins with, [C, H, W] float32 from -1 to 1; None: noise alone. noise: [C, h, w] float32
+    of what the sampler works on, to begin with in the place of the seed's.
+    """
 
     prompt: str
     seed: int
     negative_prompt: str | None = None
+    image: FloatArray | None = field(default=None, compare=False)
+    noise: FloatArray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class DrawRequest:
     """What to draw: `num_images` pictures of every prompt, with the seeds `seed`, `seed` + 1, ...
 
     negative_prompts: one for each prompt, None for the empty one; () for empty ones alone. n_steps and guidance_scale
-    None stand for the model's own. Raises RecipeError for what no engine can draw.
+    None stand for the model's own. images: of image-to-image, one for each prompt or one for all; strength: the share of
+    steps that they are changed by. noise: one for each picture, or () for that of the seeds. Both as of Picture. Raises
+    RecipeError for what no engine can draw.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +55,9 @@ class DrawRequest:
     n_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompts: tuple[str | None, ...] = ()
+    images: tuple[FloatArray, ...] = field(default=(), compare=False)
+    strength: float = 1.0
+    noise: tuple[FloatArray, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         _check_whole("number of pictures of a prompt", self.num_images, 1, MOST_PICTURES)
@@ -67,6 +76,12 @@ class DrawRequest:
         if len(self.negative_prompts) not in (0, len(self.prompts)):
             counts = f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts"
             raise RecipeError(f"{counts}; give one, or one for each")
+        if len(self.images) not in (0, 1, len(self.prompts)):
+            counts = f"{len(self.images)} images for {len(self.prompts)} prompts"
+            raise RecipeError(f"{counts}; give one, or one for each")
+        if len(self.noise) not in (0, self.num_images * len(self.prompts)):
+            counts = f"latents of {len(self.noise)} pictures for {self.num_images * len(self.prompts)}"
+            raise RecipeError(f"{counts}; give one for each")
 
     def _check_guidance(self) -> None:
         scale = self.guidance_scale
@@ -80,10 +95,13 @@ class DrawRequest:
     @property
     def pictures(self) -> list[Picture]:
         """Every picture, prompt by prompt."""
-        negative = self.negative_prompts or (None,) * len(self.prompts)
+        count = len(self.prompts)
+        negative = self.negative_prompts or (None,) * count
+        images = self.images * count if len(self.images) == 1 else self.images or (None,) * count
+        noise = self.noise or (None,) * (count * self.num_images)
         return [
-            Picture(prompt, self.seed + index, without)
-            for prompt, without in zip(self.prompts, negative, strict=True)
+            Picture(prompt, self.seed + index, without, image, noise[row * self.num_images + index])
+            for row, (prompt, without, image) in enumerate(zip(self.prompts, negative, images, strict=True))
             for index in range(self.num_images)
         ]
 
@@ -94,24 +112,45 @@ def _check_whole(what: str, value: object, least: int, most: int) -> None:
         raise RecipeError(f"{what} {shown(value)}; it must be a whole number from {least} to {most}")
 
 
-class Drawing:
-    """A batch of pictures on its way from noise; each `step` is one call of the engine.
+def _as_it_is(latents: FloatArray) -> FloatArray:
+    """Of a pixel model: what the sampler works on is the picture."""
+    return latents
 
-    pictures: what is drawn, row by row.
+
+class Drawing:
+    """A batch of pictures on its way from noise; each `step` is one call of the denoiser.
+
+    pictures: what is drawn, row by row. decode: what the sampler works on, [B, C, h, w] -> pictures [B, C, H, W] from -1
+    to 1; look: the same, roughly and at once, of what is not done yet. seconds: what each part of the model has taken
+    for these pictures, by its name.
     """
 
-    def __init__(self, pictures: Sequence[Picture], trajectory: Trajectory) -> None:
-        self.pictures, self.trajectory = list(pictures), trajectory
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        trajectory: Trajectory,
+        seconds: Mapping[str, float],
+        decode: Callable[[FloatArray], FloatArray] = _as_it_is,
+        look: Callable[[FloatArray], FloatArray] = _as_it_is,
+    ) -> None:
+        self.pictures, self.trajectory, self.seconds = list(pictures), trajectory, seconds
+        self.decode, self.look = decode, look
         self._interrupt = False  # under this name callbacks of diffusers pipelines set it
+        self._decoded: FloatArray | None = None
 
     @property
     def n_steps(self) -> int:
-        """All there are."""
-        return self.trajectory.sampler.n_steps
+        """All that are made: calls of the denoiser."""
+        return len(self.trajectory.sampler.timesteps) - self.trajectory.first
 
     @property
     def steps_done(self) -> int:
-        return self.trajectory.index
+        return self.trajectory.index - self.trajectory.first
+
+    @property
+    def timestep(self) -> float:
+        """Of the step that comes next."""
+        return float(self.trajectory.sampler.timesteps[self.trajectory.index])
 
     @property
     def is_interrupted(self) -> bool:
@@ -129,6 +168,7 @@ class Drawing:
 
     def step(self) -> None:
         """The next step of every picture."""
+        self._decoded = None
         self.trajectory.step()
 
     def replace(self, latents: FloatArray) -> None:
@@ -137,11 +177,13 @@ class Drawing:
         if not isinstance(latents, np.ndarray) or (latents.shape, latents.dtype) != (mine.shape, mine.dtype):
             kind = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else type(latents).__name__
             raise RecipeError(f"latents of {kind}; the batch goes on with {mine.dtype} {mine.shape} alone")
+        self._decoded = None
         self.trajectory.latents = latents
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these pictures alone."""
         self.pictures = [self.pictures[row] for row in rows]
+        self._decoded = None if self._decoded is None else self._decoded[list(rows)]
         self.trajectory.keep(rows)
 
     def interrupt(self) -> None:
@@ -150,37 +192,85 @@ class Drawing:
 
     def previews(self) -> Pictures:
         """What the model takes the pictures to become, [B, H, W, C] uint8, after at least one step."""
-        return to_pixels(self._estimate())
+        return to_pixels(self.look(self._estimate()))
 
     def preview(self, row: int) -> Pictures:
         """That of one picture, [H, W, C] uint8."""
-        return to_pixels(self._estimate()[row : row + 1])[0]
+        return to_pixels(self.look(self._estimate()[row : row + 1]))[0]
 
     def _estimate(self) -> FloatArray:
         if self.trajectory.estimate is None:
             raise RecipeError("no step has been made yet; previews exist from the first one on")
         return self.trajectory.estimate
 
+    @property
+    def decoded(self) -> FloatArray:
+        """The pictures as they are by now, [B, C, H, W] float32, about from -1 to 1."""
+        if self._decoded is None:
+            self._decoded = self.decode(self.latents)
+        return self._decoded
+
     def result(self) -> Pictures:
         """The pictures as they are by now, [B, H, W, C] uint8. Raises ContractError for NaN: the engine is broken."""
-        return to_pixels(self.latents)
+        return to_pixels(self.decoded)
 
     def picture(self, row: int) -> Pictures:
         """One of them, [H, W, C] uint8; NaN in another is no matter."""
-        return to_pixels(self.latents[row : row + 1])[0]
+        return to_pixels(self.decoded[row : row + 1])[0]
 
 
-def noise_of(pictures: Sequence[Picture], shape: tuple[int, int, int]) -> FloatArray:
-    """What they begin with, [B, *shape] float32: each by its own seed, whatever is drawn beside it."""
-    drawn = [np.random.default_rng(picture.seed).standard_normal(shape) for picture in pictures]
-    return np.stack(drawn).astype(np.float32)
+def first_noise(pictures: Sequence[Picture], shape: tuple[int, int, int], noise: SeededNoise) -> FloatArray:
+    """What pictures begin with, [B, *shape] float32: their own, or the first of `noise`, whatever is drawn beside them.
+
+    Raises RecipeError for noise of another shape.
+    """
+    drawn = noise((len(pictures), *shape))
+    for row, own in enumerate(picture.noise for picture in pictures):
+        if own is not None:
+            if own.shape != shape:
+                raise RecipeError(f"latents of {own.shape} for a picture; this model draws from {shape}")
+            drawn[row] = own
+    return drawn
 
 
-def picture_shape(bundle: Bundle) -> tuple[int, int, int]:
-    """Channels, height and width that the engine of a pixel model was made for."""
-    config, size = bundle.config(), bundle.recipe.sampling
-    own = config["sample_size"]
-    return config["in_channels"], size.height or own, size.width or own
+class PictureModel(Protocol):
+    """What draws: a bundle of a pixel model, or of a whole pipeline. May be used from any number of threads.
+
+    name: of the bundle. height, width: of a picture, the one size that it draws. channels: 1 or 3. n_steps,
+    guidance_scale: its own. examples: prompts that it knows. batches: how many are drawn before any is decoded.
+    """
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    n_steps: int
+    guidance_scale: float
+    examples: tuple[str, ...]
+    batches: int
+
+    def check(self, request: DrawRequest) -> None:
+        """Raise RecipeError for what it cannot draw, without computing anything."""
+
+    def start(
+        self,
+        batches: Sequence[Sequence[Picture]],
+        n_steps: int | None = None,
+        guidance_scale: float | None = None,
+        strength: float = 1.0,
+    ) -> list[Drawing]:
+        """Batches before their first step. Their pictures may differ in all but steps, guidance, strength and whether
+        they begin with a picture. What is done for all at once counts among the seconds of the first.
+
+        A picture is the same whatever is drawn beside it, but for what floating point makes of another batch size.
+        """
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Within, one request is drawn; where parts are loaded in turn, others wait for theirs, and at its end no part
+        is loaded any more."""
+
+    def close(self) -> None:
+        """Free all engines, when the calls that are running have ended; later calls raise RecipeError."""
 
 
 def to_floats(images: FloatArray) -> FloatArray:
@@ -198,11 +288,3 @@ def _clipped(images: FloatArray) -> FloatArray:
     if not np.isfinite(images).all():
         raise ContractError("the engine's picture has NaN or Inf; verify the bundle, and build it again if that fails")
     return np.clip(images, -1, 1) + 1
-
-
-def makes_pixels(bundle: Bundle) -> bool:
-    """Whether the bundle describes how it makes pictures, and its engine makes them without a VAE."""
-    if GENERATION_FILE not in bundle.manifest["files"]:
-        return False
-    with bundle.generation() as generation:
-        return generation.output == "pixels"

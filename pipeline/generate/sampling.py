@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +21,47 @@ FloatArray = NDArray[np.float32]
 TRAIN_STEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 2e-2
 
 
+class Steps(Protocol):
+    """The steps of one drawing. timesteps: [n_steps] float32, the model's input."""
+
+    @property
+    def timesteps(self) -> FloatArray: ...
+
+    def scaled(self, x: FloatArray, i: int) -> FloatArray:
+        """What the model is given for `x` at step `i`."""
+
+    def step(self, x: FloatArray, prediction: FloatArray, i: int) -> tuple[FloatArray, FloatArray]:
+        """`x` after step `i`, and the data that the model takes `x` to have been made of. All of one shape."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these samples alone."""
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A sequence of steps. timesteps: [n_steps] float32, the model's input; advance(x, prediction, i) is step i, and
-    estimate(x, prediction, i) the data that the model takes x to have been made of, at the beginning of it."""
+    """Steps without a memory. advance(x, prediction, i) is step i, estimate(x, prediction, i) the data that the model
+    takes x to have been made of at the beginning of it, and noised(data, noise, i) is data as it would be then."""
 
     name: str
     timesteps: FloatArray
     advance: Callable[[FloatArray, FloatArray, int], FloatArray]
     estimate: Callable[[FloatArray, FloatArray, int], FloatArray]
+    noised: Callable[[FloatArray, FloatArray, int], FloatArray]
 
     @property
     def n_steps(self) -> int:
         return len(self.timesteps)
+
+    def scaled(self, x: FloatArray, i: int) -> FloatArray:
+        """These models are given `x` as it is."""
+        return x
+
+    def step(self, x: FloatArray, prediction: FloatArray, i: int) -> tuple[FloatArray, FloatArray]:
+        """As of Steps."""
+        return self.advance(x, prediction, i), self.estimate(x, prediction, i)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Nothing is remembered of any sample."""
 
 
 def flow_euler(n_steps: int, timestep_scale: float) -> Sampler:
@@ -45,7 +74,10 @@ def flow_euler(n_steps: int, timestep_scale: float) -> Sampler:
     def estimate(x: FloatArray, velocity: FloatArray, i: int) -> FloatArray:
         return x - np.float32(times[i]) * velocity
 
-    return Sampler("flow_euler", (times[:-1] * timestep_scale).astype(np.float32), advance, estimate)
+    def noised(data: FloatArray, noise: FloatArray, i: int) -> FloatArray:
+        return np.float32(1 - times[i]) * data + np.float32(times[i]) * noise
+
+    return Sampler("flow_euler", (times[:-1] * timestep_scale).astype(np.float32), advance, estimate, noised)
 
 
 def ddim(n_steps: int, timestep_scale: float) -> Sampler:
@@ -66,7 +98,11 @@ def ddim(n_steps: int, timestep_scale: float) -> Sampler:
         then = kept[times[i] - stride] if times[i] >= stride else 1.0
         return np.float32(np.sqrt(then)) * estimate(x, noise, i) + np.float32(np.sqrt(1 - then)) * noise
 
-    return Sampler("ddim", (times * (timestep_scale / TRAIN_STEPS)).astype(np.float32), advance, estimate)
+    def noised(data: FloatArray, noise: FloatArray, i: int) -> FloatArray:
+        now = kept[times[i]]
+        return np.float32(np.sqrt(now)) * data + np.float32(np.sqrt(1 - now)) * noise
+
+    return Sampler("ddim", (times * (timestep_scale / TRAIN_STEPS)).astype(np.float32), advance, estimate, noised)
 
 
 SAMPLERS: dict[str, Callable[[int, float], Sampler]] = {"flow_euler": flow_euler, "ddim": ddim}
@@ -89,22 +125,27 @@ class Trajectory:
     `guidance_scale` is 1 both halves run as one batch of 2 B, prompts first (classifier-free guidance,
     arXiv 2207.12598). A model that predicts more channels than C (a learned sigma) has them dropped.
     latents: [B, C, H, W] float32, at first noise. shared: inputs without a batch axis, given once.
-    on_step(i, inputs, outputs) sees every call of `run`.
+    on_step(i, inputs, outputs) sees every call of `run`. first: the step to begin with, above 0 for image-to-image.
     """
 
     run: Callable[[Arrays], Arrays]
     conditioning: tuple[Arrays, Arrays]
     latents: FloatArray
-    sampler: Sampler
+    sampler: Steps
     guidance_scale: float
     shared: frozenset[str] = frozenset()
     on_step: Callable[[int, Arrays, Arrays], None] | None = None
+    first: int = 0
     # The step that comes next, and what the last one took the data to be, as `latents`.
-    index: int = 0
+    index: int = field(init=False)
     estimate: FloatArray | None = None
     constant: Arrays = field(init=False)
 
     def __post_init__(self) -> None:
+        self.index = self.first
+        self._stack()
+
+    def _stack(self) -> None:
         self.constant = _stacked(*self.conditioning, self.shared) if self.guided else self.conditioning[0]
 
     @property
@@ -113,12 +154,13 @@ class Trajectory:
 
     @property
     def steps_left(self) -> int:
-        return self.sampler.n_steps - self.index
+        return len(self.sampler.timesteps) - self.index
 
     def step(self) -> None:
         """One call of the denoiser, and one step of the sampler. Raises ContractError for what is no prediction."""
         i, x = self.index, self.latents
-        batch = np.concatenate([x, x]) if self.guided else x
+        scaled = self.sampler.scaled(x, i)
+        batch = np.concatenate([scaled, scaled]) if self.guided else scaled
         times = np.full(len(batch), self.sampler.timesteps[i], np.float32)
         inputs = {"hidden_states": batch, "timestep": times, **self.constant}
         outputs = self.run(inputs)
@@ -128,15 +170,16 @@ class Trajectory:
         if self.guided:
             prompted, plain = np.split(prediction, 2)
             prediction = plain + np.float32(self.guidance_scale) * (prompted - plain)
-        self.estimate = self.sampler.estimate(x, prediction, i)
-        self.latents, self.index = self.sampler.advance(x, prediction, i), i + 1
+        self.latents, self.estimate = self.sampler.step(x, prediction, i)
+        self.index = i + 1
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these samples alone."""
         prompted, plain = (take_samples(part, rows, self.shared) for part in self.conditioning)
         self.conditioning, self.latents = (prompted, plain), self.latents[list(rows)]
         self.estimate = None if self.estimate is None else self.estimate[list(rows)]
-        self.__post_init__()
+        self.sampler.keep(rows)
+        self._stack()
 
 
 def sample(

@@ -14,7 +14,8 @@ import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
 from pipeline.generate.__main__ import arrange, default_scale, draw, main
-from pipeline.generate.draw import DrawRequest, makes_pixels, picture_shape, to_pixels
+from pipeline.generate.draw import DrawRequest, to_pixels
+from pipeline.generate.pixel_model import makes_pixels, picture_shape
 from tests.support.bundles import stand_in
 
 DIGITS = {"kind": "classes", "names": [str(i) for i in range(10)], "null_class": 10}

@@ -15,6 +15,7 @@ import ditc
 from export.errors import ContractError, RecipeError
 from pipeline.generate.__main__ import draw
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Picture
+from pipeline.generate.pixel_model import PixelModel
 from pipeline.text_to_image import Pipeline
 from tests.generate.test_generate import GENERATION, LevelEngine, make_bundle
 
@@ -26,7 +27,7 @@ def bundle(tmp_path: Any) -> Any:
 
 @pytest.fixture
 def pipeline(bundle: Any) -> Pipeline:
-    return Pipeline(bundle)
+    return Pipeline(PixelModel(bundle))
 
 
 def levels(*digits: int) -> Any:
@@ -64,7 +65,7 @@ def test_the_engine_is_loaded_once_and_closed_with_the_context(bundle: Any) -> N
         loads.append(LevelEngine())
         return loads[-1]
 
-    with Pipeline(replace(bundle, make_engine=load)) as pipeline:
+    with Pipeline(PixelModel(replace(bundle, make_engine=load))) as pipeline:
         pipeline("1")
         pipeline("2")
         assert not loads[0].closed
@@ -72,7 +73,7 @@ def test_the_engine_is_loaded_once_and_closed_with_the_context(bundle: Any) -> N
 
 
 def test_guidance_leads_away_from_the_negative_prompt(pipeline: Pipeline) -> None:
-    engine: Any = pipeline.engine
+    engine: Any = pipeline.model.engine
     pipeline(["1", "2"], negative_prompt=["3", ""], guidance_scale=2.0)
     assert engine.calls[-1]["class_labels"].tolist() == [1, 2, 3, 10]
     pipeline(["1", "2"], negative_prompt="3")
@@ -117,7 +118,7 @@ def test_the_callback_may_stop_the_drawing(stop: str, pipeline: Pipeline) -> Non
             drawing.interrupt() if stop == "interrupt" else setattr(drawing, stop, True)
 
     output = pipeline("9", num_images_per_prompt=5, callback_on_step_end=after_two)
-    engine: Any = pipeline.engine
+    engine: Any = pipeline.model.engine
     assert output.interrupted and len(output.images) == BATCH_SIZE and len(engine.calls) == 2
 
 
@@ -180,7 +181,7 @@ def test_there_is_no_preview_before_the_first_step(pipeline: Pipeline) -> None:
             {"generator": None},
             "argument 'generator' is unknown to this pipeline; it takes prompt, height, width, num_inf",
         ),
-        ({"output_type": "pt"}, "output_type 'pt'; use 'pil' or 'np'"),
+        ({"output_type": "pt"}, "output_type 'pt'; use 'pil', 'np' or 'latent'"),
         ({"num_inference_steps": 0}, "number of denoising steps 0"),
         ({"num_images_per_prompt": 0}, "number of pictures of a prompt 0"),
         ({"guidance_scale": float("nan")}, "guidance scale nan"),
@@ -193,7 +194,7 @@ def test_what_it_cannot_do_is_refused_before_the_engine_is_called(
 ) -> None:
     with pytest.raises(RecipeError, match=re.escape(words)):
         pipeline(**({"prompt": "1"} | arguments))
-    engine: Any = pipeline.engine
+    engine: Any = pipeline.model.engine
     assert not engine.calls
 
 
@@ -204,11 +205,11 @@ def test_the_engine_s_own_size_may_be_named(pipeline: Pipeline) -> None:
 def test_a_model_of_latents_is_refused_with_the_way_it_draws(tmp_path: Any) -> None:
     for generation in (None, GENERATION | {"output": "latents"}):
         with pytest.raises(RecipeError, match=r"text encoder and VAE .*as_diffusers\(\)"):
-            Pipeline(make_bundle(tmp_path, generation))
+            PixelModel(make_bundle(tmp_path, generation))
 
 
 def test_a_broken_engine_draws_nothing(pipeline: Pipeline) -> None:
-    engine: Any = pipeline.engine
+    engine: Any = pipeline.model.engine
     engine.run = lambda inputs: {"sample": inputs["hidden_states"] * np.float32("nan")}
     with pytest.raises(ContractError, match="NaN or Inf"):
         pipeline("1")

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from starlette.testclient import TestClient
 
+from pipeline.generate.pixel_model import PixelModel
 from pipeline.serve.app import make_app
 from pipeline.serve.images_request import PATH
 from pipeline.serve.service import Limits, Service
@@ -105,7 +106,7 @@ class Asking(threading.Thread):
 def served(folder: Path, limits: Limits = USUAL, api_key: str | None = None, **bundle: Any) -> Iterator[Server]:
     """A server in `folder`, whose engine goes on by itself unless it is gated."""
     engine = GatedEngine()
-    pipeline = Pipeline(replace(make_bundle(folder, **bundle), make_engine=lambda: engine))
+    pipeline = Pipeline(PixelModel(opened := replace(make_bundle(folder, **bundle), make_engine=lambda: engine)), opened)
     service = Service(pipeline, limits)
     service.start()
     try:

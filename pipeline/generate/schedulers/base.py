@@ -67,13 +67,15 @@ class Scheduler(ABC):
     """The steps of one drawing.
 
     timesteps: [n] float32, what the model is called with. first: the step that a drawing begins with, above 0 for
-    image-to-image. init_noise_sigma: what noise is multiplied with to begin a drawing without a picture.
+    image-to-image. init_noise_sigma: what noise is multiplied with to begin a drawing without a picture. data: what the
+    model took the picture to become at the last step, [B, C, ...] float32; None before the first.
     """
 
     def __init__(self, timesteps: ArrayLike, first: int = 0, init_noise_sigma: float = 1.0) -> None:
         self.timesteps: FloatArray = np.asarray(timesteps, np.float32)
         self.first = first
         self.init_noise_sigma = np.float32(init_noise_sigma)
+        self.data: FloatArray | None = None
         self._next = first
 
     @property
@@ -113,9 +115,13 @@ class Scheduler(ABC):
         """How many channels a prediction may have for a picture with `own`."""
         return (own,)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these pictures of the batch alone."""
+        self.data = rows_of(self.data, rows)
+
     @abstractmethod
     def advance(self, prediction: FloatArray, x: FloatArray, i: int, noise: Noise) -> FloatArray:
-        """As `step`, which has checked the order of steps and the shapes."""
+        """As `step`, which has checked the order of steps and the shapes. Sets `data`."""
 
     @abstractmethod
     def add_noise(self, picture: FloatArray, noise: FloatArray, i: int) -> FloatArray:
@@ -139,18 +145,28 @@ def left_out(n_steps: int, first: int, strength: float) -> int:
     return first
 
 
-def seeded_noise(seeds: Sequence[int]) -> Noise:
+def rows_of(batch: FloatArray | None, rows: Sequence[int]) -> FloatArray | None:
+    """Some pictures of a batch, if there is one."""
+    return None if batch is None else batch[list(rows)]
+
+
+class SeededNoise:
     """Noise for a batch of pictures, each from a generator of its own, so that a picture does not depend on its batch.
 
-    >>> noise = seeded_noise([3, 4])
-    >>> bool((noise((2, 1, 4))[1] == seeded_noise([4])((1, 1, 4))[0]).all())
+    >>> noise = SeededNoise([3, 4])
+    >>> bool((noise((2, 1, 4))[1] == SeededNoise([4])((1, 1, 4))[0]).all())
     True
     """
-    generators = [np.random.default_rng(seed) for seed in seeds]
 
-    def draw(shape: tuple[int, ...]) -> FloatArray:
-        if shape[0] != len(generators):
-            raise RecipeError(f"{len(generators)} seeds for a batch of {shape[0]}; give each picture one")
-        return np.stack([generator.standard_normal(shape[1:]) for generator in generators]).astype(np.float32)
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [np.random.default_rng(seed) for seed in seeds]
 
-    return draw
+    def __call__(self, shape: tuple[int, ...]) -> FloatArray:
+        """Standard normal numbers. Raises RecipeError for another number of pictures."""
+        if shape[0] != len(self.generators):
+            raise RecipeError(f"{len(self.generators)} seeds for a batch of {shape[0]}; give each picture one")
+        return np.stack([generator.standard_normal(shape[1:]) for generator in self.generators]).astype(np.float32)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these pictures alone."""
+        self.generators = [self.generators[row] for row in rows]

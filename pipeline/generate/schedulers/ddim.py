@@ -53,7 +53,7 @@ class Ddim(Scheduler):
         then_kept = self.alphas_cumprod[then] if then >= 0 else last_kept
         alpha, sigma = float32.root(now_kept), float32.root(ONE - now_kept)
         kind = self.config.prediction_type
-        data = self.config.limited(to_data(kind, prediction, x, alpha, sigma))
+        self.data = data = self.config.limited(to_data(kind, prediction, x, alpha, sigma))
         variance = (ONE - then_kept) / (ONE - now_kept) * (ONE - now_kept / then_kept)
         deviation = self.eta * float32.root(variance)
         direction = float32.root(ONE - then_kept - deviation * deviation)

@@ -59,7 +59,7 @@ class Ddpm(Scheduler):
         then_kept = self.alphas_cumprod[self.times[i + 1]] if i + 1 < len(self.times) else ONE
         alpha, sigma = float32.root(now_kept), float32.root(ONE - now_kept)
         prediction, spread = prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
-        data = self.config.limited(to_data(self.config.prediction_type, prediction, x, alpha, sigma))
+        self.data = data = self.config.limited(to_data(self.config.prediction_type, prediction, x, alpha, sigma))
         step_kept = now_kept / then_kept
         step_beta = ONE - step_kept
         data_share = float32.root(then_kept) * step_beta / (ONE - now_kept)

@@ -7,6 +7,7 @@ first step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -179,6 +180,7 @@ class DpmSolver(Scheduler):
         data = to_data(config.prediction_type, prediction[:, : x.shape[1]], x, alpha, level)
         if config.thresholding:
             data = thresholded(data, config.dynamic_thresholding_ratio, config.sample_max_value)
+        self.data = data
         self.history = [*self.history, data][-config.solver_order :]
         stepped = update.x * x + update.data * data
         if update.order == 2:
@@ -189,6 +191,11 @@ class DpmSolver(Scheduler):
             stepped = stepped + update.slope * (nearer + update.mix * (nearer - farther))
             stepped = stepped + update.bend * (update.over * (nearer - farther))
         return np.asarray(stepped + update.noise * noise(x.shape) if self.stochastic else stepped)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these pictures of the batch alone."""
+        super().keep(rows)
+        self.history = [data[list(rows)] for data in self.history]
 
     def add_noise(self, picture: FloatArray, noise: FloatArray, i: int) -> FloatArray:
         """alpha picture + sigma noise."""

@@ -60,7 +60,8 @@ class Euler(SigmaScheduler):
     def advance(self, prediction: FloatArray, x: FloatArray, i: int, noise: Noise) -> FloatArray:
         """Along the derivative, to the next sigma."""
         sigma = self.sigmas[i]
-        derivative = (x - sigma_to_data(self.kind, prediction, x, sigma)) / sigma
+        self.data = data = sigma_to_data(self.kind, prediction, x, sigma)
+        derivative = (x - data) / sigma
         return np.asarray(x + derivative * (self.sigmas[i + 1] - sigma))
 
 
@@ -115,5 +116,6 @@ class EulerAncestral(SigmaScheduler):
         up = float32.root(after * after * (sigma * sigma - after * after) / (sigma * sigma))
         # Where sigma is many times larger, `up` may be rounded above `after`, and diffusers then draws NaN.
         down = float32.root(np.maximum(after * after - up * up, np.float32(0)))
-        derivative = (x - sigma_to_data(self.kind, prediction, x, sigma)) / sigma
+        self.data = data = sigma_to_data(self.kind, prediction, x, sigma)
+        derivative = (x - data) / sigma
         return np.asarray(x + derivative * (down - sigma) + noise(x.shape) * up)

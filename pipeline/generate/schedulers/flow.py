@@ -97,8 +97,9 @@ class FlowEuler(Scheduler):
     def advance(self, prediction: FloatArray, x: FloatArray, i: int, noise: Noise) -> FloatArray:
         """To the next sigma along the predicted velocity."""
         now, after = self.sigmas[i], self.sigmas[i + 1]
+        self.data = data = np.asarray(x - now * prediction)
         if self.stochastic:
-            return np.asarray((ONE - after) * (x - now * prediction) + after * noise(x.shape))
+            return np.asarray((ONE - after) * data + after * noise(x.shape))
         return np.asarray(x + (after - now) * prediction)
 
     def add_noise(self, picture: FloatArray, noise: FloatArray, i: int) -> FloatArray:

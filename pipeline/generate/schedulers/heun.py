@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,9 +65,17 @@ class Heun(SigmaScheduler):
         data = sigma_to_data(self.config.prediction_type, prediction, x, sigma)
         if self.config.clip_sample:
             data = np.clip(data, -self.config.clip_sample_range, self.config.clip_sample_range)
+        self.data = data
         derivative = np.asarray((x - data) / sigma)
         begun, self.start_of_step = self.start_of_step, None
         if begun is None:
             self.start_of_step = _Start(x, derivative)
             return np.asarray(x + derivative * (self.sigmas[i + 1] - sigma))
         return np.asarray(begun.x + (begun.derivative + derivative) / np.float32(2) * (sigma - self.sigmas[i - 1]))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these pictures of the batch alone."""
+        super().keep(rows)
+        if self.start_of_step is not None:
+            kept = list(rows)
+            self.start_of_step = _Start(self.start_of_step.x[kept], self.start_of_step.derivative[kept])

@@ -74,7 +74,7 @@ class Lcm(Scheduler):
         data = self.config.limited(to_data(self.config.prediction_type, prediction, x, alpha, sigma))
         scaled = np.float32(self.times[i]) * np.float32(self.config.timestep_scaling)
         norm = scaled * scaled + SIGMA_DATA_SQUARE
-        denoised = np.asarray(scaled / float32.root(norm) * data + SIGMA_DATA_SQUARE / norm * x)
+        self.data = denoised = np.asarray(scaled / float32.root(norm) * data + SIGMA_DATA_SQUARE / norm * x)
         if i == len(self.times) - 1:
             return denoised
         return noised(denoised, noise(x.shape), self.alphas_cumprod[self.times[i + 1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from export.errors import RecipeError
 from pipeline.generate.schedulers import float32
-from pipeline.generate.schedulers.base import FloatArray, Noise, Scheduler, SchedulerOptions, first_step
+from pipeline.generate.schedulers.base import FloatArray, Noise, Scheduler, SchedulerOptions, first_step, rows_of
 from pipeline.generate.schedulers.dpmsolver import signal
 from pipeline.generate.schedulers.predictions import FlowKind, ThresholdConfig, thresholded, to_data, to_noise
 from pipeline.generate.schedulers.tables import (
@@ -168,11 +169,18 @@ class UniPc(Scheduler):
             model = to_noise(config.prediction_type, prediction, x, alpha, sigma)
         if config.thresholding:
             model = thresholded(model, config.dynamic_thresholding_ratio, config.sample_max_value)
+        self.data = model if config.predict_x0 else to_data("epsilon", model, x, alpha, sigma)
         if i in self.correctors and self.before is not None:
             earlier = self.history[::-1][: self._order(i - 1)]
             x = self._stepped(self.correctors[i], self.before, [*earlier, model])
         self.before, self.history = x, [*self.history, model][-config.solver_order :]
         return self._stepped(self.predictors[i], x, self.history[::-1][: self._order(i)])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these pictures of the batch alone."""
+        super().keep(rows)
+        self.history = [model[list(rows)] for model in self.history]
+        self.before = rows_of(self.before, rows)
 
     def add_noise(self, picture: FloatArray, noise: FloatArray, i: int) -> FloatArray:
         """alpha picture + sigma noise."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.generate.schedulers import float32
 from pipeline.generate.schedulers.base import FloatArray, Scheduler, SchedulerOptions
 from pipeline.generate.schedulers.config import parse_scheduler_config
 
@@ -28,6 +29,7 @@ MODULES = {
     "LCMScheduler": "lcm",
 }
 Keys = dict[str, Any]
+FUNCTIONS = ("root", "log", "exp", "expm1")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,18 @@ def equal_noise(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Non
         now[0] = i
 
     yield at
+
+
+def with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's functions in the place of ours."""
+    for own, name in zip(FUNCTIONS, ("sqrt", "log", "exp", "expm1"), strict=True):
+        function = getattr(torch, name)
+        monkeypatch.setattr(float32, own, lambda x, f=function: f(torch.as_tensor(x)).numpy()[()])
+
+    def solve(matrix: FloatArray, side: FloatArray) -> FloatArray:
+        return np.asarray(torch.linalg.solve(torch.as_tensor(matrix), torch.as_tensor(side)))
+
+    monkeypatch.setattr(np.linalg, "solve", solve)
 
 
 def steps(count: int, **more: Any) -> SchedulerOptions:

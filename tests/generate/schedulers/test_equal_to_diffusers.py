@@ -16,10 +16,19 @@ import torch
 
 from pipeline.generate.schedulers import float32
 from pipeline.generate.schedulers.base import FloatArray, Scheduler
-from tests.generate.schedulers.cases import Case, cases, equal_noise, model, numbers, steps, title  # noqa: F401
+from tests.generate.schedulers.cases import (
+    FUNCTIONS,
+    Case,
+    cases,
+    equal_noise,  # noqa: F401
+    model,
+    numbers,
+    steps,
+    title,
+    with_torch,
+)
 
 pytestmark = pytest.mark.torch
-FUNCTIONS = ("root", "log", "exp", "expm1")
 CASES = list(cases())
 # 1000 steps: the table whole, where the steps are finite in diffusers.
 ALL_STEPS = [
@@ -35,19 +44,6 @@ ALL_STEPS = [
 ]
 # Timesteps that diffusers cuts to integers without rounding: the last bit of a sigma may decide.
 CUT = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_karras_sigmas", "use_flow_sigmas")
-
-
-def with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's functions in the place of ours."""
-    names = {"root": "sqrt", "log": "log", "exp": "exp", "expm1": "expm1"}
-    for own, name in names.items():
-        function = getattr(torch, name)
-        monkeypatch.setattr(float32, own, lambda x, f=function: f(torch.as_tensor(x)).numpy()[()])
-
-    def solve(matrix: FloatArray, side: FloatArray) -> FloatArray:
-        return np.asarray(torch.linalg.solve(torch.as_tensor(matrix), torch.as_tensor(side)))
-
-    monkeypatch.setattr(np.linalg, "solve", solve)
 
 
 def tensor(x: FloatArray) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from export.errors import ContractError, ModelError, RecipeError
-from pipeline.generate.schedulers.base import FloatArray, Scheduler, SchedulerOptions, seeded_noise
+from pipeline.generate.schedulers.base import FloatArray, Scheduler, SchedulerOptions, SeededNoise
 from pipeline.generate.schedulers.config import SCHEDULERS, parse_scheduler_config, read_scheduler_config
 from pipeline.generate.schedulers.dpmsolver import signal
 from pipeline.generate.schedulers.euler import EulerAncestral
@@ -36,7 +36,7 @@ def picture() -> FloatArray:
 
 def drawn(made: Scheduler, knows: FloatArray, begin: FloatArray | None = None) -> FloatArray:
     """The loop of base.py, with a model that predicts the picture itself, or what leads to it."""
-    noise = seeded_noise([1, 2])
+    noise = SeededNoise([1, 2])
     x = made.start(noise(SHAPE), begin)
     for i in made.steps:
         assert made.scale_model_input(x, i).dtype == np.float32
@@ -67,10 +67,10 @@ def test_the_shift_of_a_flow_grows_with_the_picture() -> None:
 
 def test_steps_come_in_order_and_once() -> None:
     made, x = scheduler("DDIMScheduler"), picture()
-    made.step(x, x, 0, seeded_noise([0, 1]))
+    made.step(x, x, 0, SeededNoise([0, 1]))
     for i in (0, 2):
         with pytest.raises(AssertionError, match="is due"):
-            made.step(x, x, i, seeded_noise([0, 1]))
+            made.step(x, x, i, SeededNoise([0, 1]))
 
 
 def test_a_prediction_of_another_shape_is_refused() -> None:
@@ -78,11 +78,11 @@ def test_a_prediction_of_another_shape_is_refused() -> None:
     for keys, channels in (({}, 6), ({"variance_type": "learned_range"}, 3), ({}, 4)):
         made = scheduler("DDPMScheduler", keys=keys)
         with pytest.raises(ContractError, match=rf"predicts \(2, {channels}, 4, 4\) for \(2, 3, 4, 4\)"):
-            made.step(np.zeros((2, channels, 4, 4), np.float32), x, 0, seeded_noise([0, 1]))
+            made.step(np.zeros((2, channels, 4, 4), np.float32), x, 0, SeededNoise([0, 1]))
 
 
 def test_noise_of_a_picture_is_its_seed_s() -> None:
-    both, alone = seeded_noise([3, 4]), seeded_noise([4])
+    both, alone = SeededNoise([3, 4]), SeededNoise([4])
     for _ in range(2):
         np.testing.assert_array_equal(both(SHAPE)[1], alone((1, *SHAPE[1:]))[0])
     with pytest.raises(RecipeError, match="2 seeds for a batch of 3"):

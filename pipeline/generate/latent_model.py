@@ -1,0 +1,238 @@
+"""A whole pipeline: text encoders, a denoiser of latents and a decoder, each an engine, in NumPy.
+
+What a drawing does stands in the order in which it is done: prompts are encoded, latents denoised, pictures decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+import numpy as np
+
+from export.errors import ContractError, ModelError, RecipeError
+from export.models.families import FAMILIES, Config, Input, shared_names
+from pipeline.backends.base import Arrays
+from pipeline.generate.components import Components, PipelineSource, timed
+from pipeline.generate.draw import Drawing, DrawRequest, Picture, first_noise
+from pipeline.generate.pipeline_classes import (
+    DECODER,
+    ENCODER,
+    TRANSFORMER,
+    TextEncoder,
+    class_names,
+    class_number,
+    find_pipeline_class,
+)
+from pipeline.generate.sampling import FloatArray, Trajectory, take_samples
+from pipeline.generate.schedulers.base import Scheduler, SchedulerOptions, SeededNoise
+from pipeline.generate.schedulers.config import read_scheduler_config
+from pipeline.generate.tokenizer import PromptTokenizer
+
+# Prompts that a text encoder is called with at a time.
+ENCODED_AT_ONCE = 8
+
+
+class ScheduledSteps:
+    """A scheduler's steps as a Trajectory takes them, with their noise."""
+
+    def __init__(self, scheduler: Scheduler, noise: SeededNoise) -> None:
+        self.scheduler, self.noise = scheduler, noise
+
+    @property
+    def timesteps(self) -> FloatArray:
+        return self.scheduler.timesteps
+
+    def scaled(self, x: FloatArray, i: int) -> FloatArray:
+        """As the model was trained on it."""
+        return self.scheduler.scale_model_input(x, i)
+
+    def step(self, x: FloatArray, prediction: FloatArray, i: int) -> tuple[FloatArray, FloatArray]:
+        """As of Steps."""
+        after = self.scheduler.step(prediction, x, i, self.noise)
+        assert self.scheduler.data is not None
+        return after, self.scheduler.data
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these pictures alone."""
+        self.scheduler.keep(rows)
+        self.noise.keep(rows)
+
+
+class LatentModel:
+    """A PictureModel; its components are loaded when they are needed, and let go in turn unless keep_loaded."""
+
+    batches = 4
+    channels = 3
+
+    def __init__(self, source: PipelineSource, keep_loaded: bool = False) -> None:
+        """Nothing is loaded yet but tokenizers. Raises ModelError for a pipeline of an unknown kind, or without a
+        component that drawing needs."""
+        self.row = find_pipeline_class(source.class_name, source.name)
+        if missing := [name for name in self.row.components if name not in source.engines]:
+            raise ModelError(f"{source.name}: {source.class_name} draws with {missing[0]}, which it does not have; "
+                             "build that component too")  # fmt: skip
+        self.name, self.config, self.vae = source.name, source.transformer, source.vae
+        self.n_steps, self.guidance_scale = self.row.n_steps, self.row.guidance_scale
+        self.inputs = _denoiser_inputs(self.row.denoiser, source)
+        self.shared = shared_names(self.inputs)
+        self.scale = pixels_per_cell(self.vae)
+        own = self.config["sample_size"] * self.scale
+        self.height, self.width = source.height or own, source.width or own
+        self.classes = class_names(source.index)
+        self.examples = tuple(list(self.classes)[:8])
+        self.tokenizers = {
+            row.component: PromptTokenizer.load(source.tokenizers[row.tokenizer], row.tokens)
+            for row in self.row.encoders
+        }
+        self.scheduler = read_scheduler_config(source.scheduler)
+        self._refuse_scheduler(source)
+        self.components = Components(source.engines, keep_loaded)
+        self.can_encode = ENCODER in source.engines
+
+    def _refuse_scheduler(self, source: PipelineSource) -> None:
+        """Raise ModelError for a scheduler that the pipeline's class cannot use."""
+        scheduler, channels = self.scheduler.scheduler(SchedulerOptions(self.n_steps)), self.config["in_channels"]
+        if channels not in scheduler.channels(channels):
+            raise ModelError(
+                f"{source.scheduler}: its variance_type is learned, and {self.row.name} takes no variance from the "
+                "model; use a fixed one"
+            )
+        if self.row.unit_noise and scheduler.init_noise_sigma != 1:
+            raise ModelError(
+                f"{source.scheduler}: it begins with noise of deviation {scheduler.init_noise_sigma:g}, and "
+                f"{self.row.name} with 1, as in diffusers, which draws nothing that way; use DDIM, DDPM or DPM-Solver++"
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of a picture's latents, [C, h, w]."""
+        return self.config["in_channels"], self.height // self.scale, self.width // self.scale
+
+    # --- as of PictureModel ------------------------------------------------------------------------------------------
+
+    def check(self, request: DrawRequest) -> None:
+        """Raise RecipeError for what it cannot draw, without computing anything."""
+        if not request.prompts:
+            raise RecipeError("no prompt was given; give at least one")
+        if self.row.classes:
+            for prompt in (*request.prompts, *(text or "" for text in request.negative_prompts)):
+                self._class_number(prompt)
+        if request.images and not self.can_encode:
+            raise RecipeError(
+                f"{self.name} has no {ENCODER}, which a picture is read with; build it with --component {ENCODER}"
+            )
+        self._scheduler(request.n_steps, request.strength if request.images else 1.0)
+
+    def start(
+        self,
+        batches: Sequence[Sequence[Picture]],
+        n_steps: int | None = None,
+        guidance_scale: float | None = None,
+        strength: float = 1.0,
+    ) -> list[Drawing]:
+        """As of PictureModel. Pictures and prompts of all batches are encoded here."""
+        pictures = [picture for batch in batches for picture in batch]
+        images = [picture.image for picture in pictures if picture.image is not None]
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        guided, seconds = scale > 1, dict[str, float]()
+        latents = self._encode_images(images, seconds) if images else None
+        prompts = [picture.prompt for picture in pictures]
+        negative = [picture.negative_prompt or "" for picture in pictures] if guided else []
+        condition = self._condition([*prompts, *negative], seconds)
+        drawings, end = [], 0
+        for batch in batches:
+            rows = np.arange(end, end := end + len(batch))
+            prompted = take_samples(condition, rows, self.shared)
+            plain = take_samples(condition, rows + len(prompts), self.shared) if guided else prompted
+            noise = SeededNoise([picture.seed for picture in batch])
+            steps = ScheduledSteps(self._scheduler(n_steps, strength if images else 1.0), noise)
+            begin = steps.scheduler.start(
+                first_noise(batch, self.latent_shape, noise), None if latents is None else latents[rows]
+            )
+            run = timed(partial(self.components.run, TRANSFORMER), TRANSFORMER, seconds)
+            trajectory = Trajectory(
+                run, (prompted, plain), begin, steps, scale if guided else 1.0, self.shared, first=steps.scheduler.first
+            )
+            drawings.append(Drawing(batch, trajectory, seconds, partial(self._decode, seconds=seconds)))
+            seconds = {}
+        return drawings
+
+    def turn(self) -> AbstractContextManager[None]:
+        """As of PictureModel."""
+        return self.components.turn()
+
+    def close(self) -> None:
+        """As of PictureModel."""
+        self.components.close()
+
+    # --- one after the other -------------------------------------------------------------------------------------------
+
+    def _scheduler(self, n_steps: int | None, strength: float) -> Scheduler:
+        return self.scheduler.scheduler(SchedulerOptions(self.n_steps if n_steps is None else n_steps, strength))
+
+    def _class_number(self, prompt: str) -> int:
+        return class_number(prompt, self.classes, self.config["num_embeds_ada_norm"])
+
+    def _condition(self, prompts: Sequence[str], seconds: dict[str, float]) -> Arrays:
+        """All inputs of the denoiser but latents and timestep, for B prompts."""
+        arrays: Arrays = {}
+        if self.row.classes:
+            arrays[self.row.classes] = np.array([self._class_number(prompt) for prompt in prompts], np.int64)
+        for encoder in self.row.encoders:
+            arrays |= self._encode(encoder, [self.row.prepare(prompt) for prompt in prompts], seconds)
+        for name, value in self.row.conditions(self.config, (self.height, self.width)).items():
+            arrays[name] = value if name in self.shared else np.repeat(value, len(prompts), axis=0)
+        kinds = {row.name: row.dtype for row in self.inputs}
+        return {name: value.astype(kinds[name], copy=False) for name, value in arrays.items() if name in kinds}
+
+    def _encode(self, encoder: TextEncoder, texts: Sequence[str], seconds: dict[str, float]) -> Arrays:
+        """States and masks of texts, each of which is encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        run = timed(partial(self.components.run, encoder.component), encoder.component, seconds)
+        states, masks = [], []
+        for first in range(0, len(distinct), ENCODED_AT_ONCE):
+            tokens = self.tokenizers[encoder.component](distinct[first : first + ENCODED_AT_ONCE])
+            outputs = run({"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask})
+            states.append(outputs["last_hidden_state"].astype(np.float32, copy=False))
+            masks.append(tokens.attention_mask)
+        rows = [distinct.index(text) for text in texts]
+        return {encoder.states: np.concatenate(states)[rows], encoder.mask: np.concatenate(masks)[rows]}
+
+    def _encode_images(self, images: Sequence[FloatArray], seconds: dict[str, float]) -> FloatArray:
+        """Latents [B, C, h, w] of B pictures from -1 to 1: the likeliest ones, as the denoiser knows them."""
+        run = timed(partial(self.components.run, ENCODER), ENCODER, seconds)
+        moments = np.concatenate([run({"sample": image[None]})["moments"] for image in images])
+        mean = moments[:, : self.latent_shape[0]]
+        shift, factor = _shift_and_factor(self.vae)
+        return np.asarray((mean - shift) * factor, np.float32)
+
+    def _decode(self, latents: FloatArray, seconds: dict[str, float]) -> FloatArray:
+        """Pictures [B, 3, H, W], about from -1 to 1, of latents; one by one, for a decoder takes much memory."""
+        run = timed(partial(self.components.run, DECODER), DECODER, seconds)
+        shift, factor = _shift_and_factor(self.vae)
+        scaled = latents / factor + shift
+        return np.concatenate([run({"latents": one[None]})["sample"] for one in scaled])
+
+
+def _shift_and_factor(vae: Config) -> tuple[np.float32, np.float32]:
+    """Latents of the autoencoder are `latents / factor + shift` of the denoiser's."""
+    return np.float32(vae.get("shift_factor") or 0), np.float32(vae["scaling_factor"])
+
+
+def pixels_per_cell(vae: Config) -> int:
+    """Pixels of a latent's side, by the autoencoder's configuration: each level but the last halves."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def _denoiser_inputs(class_name: str, source: PipelineSource) -> tuple[Input, ...]:
+    """What the denoiser takes. Raises ModelError where it is of another class than the pipeline's denoisers are."""
+    config = source.transformer
+    for family in FAMILIES.values():
+        if family.class_name == class_name and family.matches(config):
+            try:
+                return family.inputs(config)
+            except KeyError as error:
+                raise ContractError(f"{source.name}: the transformer's configuration lacks {error}") from error
+    raise ModelError(f"{source.name}: no {class_name} is known of this configuration")
