@@ -35,8 +35,9 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.generate.convert_tokenizer import convert_tokenizer
+from pipeline.generate.pipeline_classes import TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE
-from pipeline.parts import SCHEDULER, TRANSFORMER, Part, PipelineFolder, read_folder
+from pipeline.parts import SCHEDULER, Part, PipelineFolder, read_folder
 
 logger = logging.getLogger(__name__)
 # What the other components are built for, whatever the denoiser is: they run once for a picture.

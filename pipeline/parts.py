@@ -12,14 +12,15 @@ from export.models.families import FAMILIES
 from export.models.sources import find
 from pipeline.generate.convert_tokenizer import CLASSES as TOKENIZERS
 from pipeline.generate.convert_tokenizer import refuse_tokenizer
+from pipeline.generate.pipeline_classes import DECODER, ENCODER, TRANSFORMER, find_pipeline_class
 from pipeline.generate.pipeline_folder import INDEX, REMEDY, listed_parts, read_index
 from pipeline.generate.schedulers.config import CONFIG_FILE, read_scheduler_config
 from pipeline.recipe import Recipe, component_recipe
 
-TRANSFORMER, SCHEDULER = "transformer", "scheduler"
+SCHEDULER = "scheduler"
 # THE table of autoencoders: class in diffusers -> components that it becomes, which are also the recipes that they
 # begin with, and whether they are built unless the recipe or --component asks for them.
-AUTOENCODERS = {"AutoencoderKL": (("vae_decoder", True), ("vae_encoder", False))}
+AUTOENCODERS = {"AutoencoderKL": ((DECODER, True), (ENCODER, False))}
 TEXT_ENCODERS = tuple(row.class_name for row in FAMILIES.values() if row.library == "transformers")
 TEXT_RECIPE = "t5_w4a8"
 # Parts that drawing does without, by class, and why.
@@ -78,6 +79,7 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
     """
     root, revision = find(recipe.model)
     index = read_index(root / INDEX)
+    row = find_pipeline_class(str(index.get("_class_name")), str(root / INDEX))
     parts, added, tokenizers, left_out = list[Part](), list[Part](), dict[str, str](), dict[str, str]()
     for name in listed_parts(root / INDEX):
         class_name, folder = _class_of(index, name, root), root / name
@@ -105,6 +107,8 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
             known = ", ".join((*TEXT_ENCODERS, *AUTOENCODERS, *TOKENIZERS))
             raise ModelError(f"{root}: part {name} is of class {class_name}, which cannot be built; known are {known}")
     pipeline = PipelineFolder(root, revision, index, tuple(parts), tuple(added), tokenizers, left_out)
+    if missing := [name for name in row.components if name not in {part.name for part in parts}]:
+        raise ModelError(f"{root / INDEX}: {row.name} draws with {missing[0]}, of which it lists no part; {REMEDY}")
     for name in recipe.components:
         if name == TRANSFORMER:
             raise RecipeError(f"{recipe.name}: components.{name} is the recipe itself; put its keys outside of a table")

@@ -20,6 +20,7 @@ from export.documents import shown
 from export.errors import RecipeError
 from pipeline import load
 from pipeline.backends.base import Arrays
+from pipeline.bundle.pipeline_bundle import PipelineBundle, is_pipeline, load_pipeline
 from pipeline.generate.draw import (
     BATCH_SIZE,
     Drawing,
@@ -29,6 +30,7 @@ from pipeline.generate.draw import (
     Pictures,
     to_floats,
 )
+from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.pixel_model import PixelModel
 from pipeline.generate.sampling import FloatArray
 
@@ -66,7 +68,7 @@ class Pipeline:
         pipeline("a red circle on white", seed=3).images[0].save("out.png")
     """
 
-    def __init__(self, model: PictureModel, bundle: Bundle | None = None) -> None:
+    def __init__(self, model: PictureModel, bundle: Bundle | PipelineBundle | None = None) -> None:
         """bundle: that the model is from, for those who show its report."""
         self.model, self.bundle = model, bundle
         self.name, self.examples = model.name, model.examples
@@ -82,8 +84,12 @@ class Pipeline:
         keep_loaded: of a whole pipeline, keep all of its parts in memory; else each is loaded when it is needed, and let
         go before the next one is.
         """
-        bundle = load(path, threads)
-        return cls(PixelModel(bundle, target), bundle)
+        if not is_pipeline(Path(path)):
+            bundle = load(path, threads)
+            return cls(PixelModel(bundle, target), bundle)
+        whole = load_pipeline(path, threads)
+        with whole.source(target) as source:
+            return cls(LatentModel(source, keep_loaded), whole)
 
     def __call__(
         self,
@@ -259,7 +265,9 @@ def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
         raise RecipeError(f"image of {type(image).__name__}; give a PIL picture or an array [H, W, C]")
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     if pixels.shape != shape:
-        raise RecipeError(f"image of {pixels.shape}; the engine draws {shape} (height, width, channels): resize it first")
+        raise RecipeError(
+            f"image of {pixels.shape}; the engine draws {shape} (height, width, channels): resize it first"
+        )
     if pixels.dtype == np.uint8:
         floats = pixels.astype(np.float32) / np.float32(255)
     elif pixels.dtype.kind == "f" and np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1:

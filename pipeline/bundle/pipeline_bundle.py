@@ -6,8 +6,10 @@ that whoever trusts it trusts all. A component is a bundle of its own: it may be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +21,11 @@ from export.errors import ContractError
 from export.names import distinct, inside, is_hub_link
 from pipeline.bundle.bundle import Bundle, load_bundle, verify_listed
 from pipeline.bundle.manifest_schema import File, Name
-from pipeline.bundle.snapshot import REMEDY
+from pipeline.bundle.snapshot import REMEDY, verified_copy
 from pipeline.bundle.stages import StageTime
 from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
+from pipeline.generate.components import PipelineSource
+from pipeline.generate.pipeline_classes import DECODER, TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE as SCHEDULER_FILE
 from pipeline.generate.tokenizer import TOKENIZER_FILE
 
@@ -76,15 +80,35 @@ class PipelineBundle:
         return self.manifest["class_name"]
 
     @property
-    def scheduler(self) -> Path:
-        """Its scheduler_config.json."""
-        return self.path / SCHEDULER / SCHEDULER_FILE
+    def tokenizers(self) -> tuple[str, ...]:
+        """Their folders, as "tokenizer_2"."""
+        return tuple(name.partition("/")[0] for name in self.manifest["files"] if name.endswith(f"/{TOKENIZER_FILE}"))
 
-    @property
-    def tokenizers(self) -> dict[str, Path]:
-        """Name, as "tokenizer_2", to tokenizer.json."""
-        names = (name.split("/") for name in self.manifest["files"] if name.endswith(f"/{TOKENIZER_FILE}"))
-        return {folder: self.path / folder / file for folder, file in names}
+    def height_and_width(self) -> tuple[int | None, int | None]:
+        """Of a picture in pixels, that the denoiser's engine was made for; None for the model's own size."""
+        size = self.components[TRANSFORMER].recipe.sampling
+        return size.height or None, size.width or None
+
+    @contextmanager
+    def source(self, target: str = "auto") -> Iterator[PipelineSource]:
+        """What a run time draws with, while the context lasts; engines may be loaded after it. Its files are a private,
+        verified copy. target: of the denoiser. Raises what `Bundle.choose` raises."""
+        self.components[TRANSFORMER].choose(target)  # refused before a text encoder has run
+        targets = {name: target if name == TRANSFORMER else "auto" for name in self.components}
+        height, width = self.height_and_width()
+        with verified_copy(self.path, self.manifest["files"]) as private:
+            yield PipelineSource(
+                name=self.name,
+                class_name=self.class_name,
+                index=self.manifest["index"],
+                engines={name: partial(bundle.engine, targets[name]) for name, bundle in self.components.items()},
+                transformer=self.components[TRANSFORMER].config(),
+                vae=self.components[DECODER].config() if DECODER in self.components else {},
+                tokenizers={name: private / name / TOKENIZER_FILE for name in self.tokenizers},
+                scheduler=private / SCHEDULER / SCHEDULER_FILE,
+                height=height,
+                width=width,
+            )
 
 
 def is_pipeline(folder: Path) -> bool:
