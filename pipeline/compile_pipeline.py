@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from export.documents import sha256
-from export.errors import ContractError, RecipeError
+from export.errors import ContractError, ParityError, RecipeError
 from pipeline import machine
 from pipeline.backends import PORTABLE, tool_versions
 from pipeline.bundle import manifest, pipeline_bundle
 from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.manifest_schema import File
 from pipeline.bundle.pipeline_bundle import is_pipeline
-from pipeline.bundle.stages import WorkFolder, refuse_interrupted
+from pipeline.bundle.stages import WorkFolder, refuse_interrupted, timed
 from pipeline.compiler import BuildRequest, Prepared, compile_prepared, prepare, refuse_existing
 from pipeline.files import (
     MANIFEST_FILE,
@@ -38,10 +38,12 @@ from pipeline.generate.convert_tokenizer import convert_tokenizer
 from pipeline.generate.pipeline_classes import TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE
 from pipeline.parts import SCHEDULER, Part, PipelineFolder, read_folder
+from pipeline.verify.report import Report
 
 logger = logging.getLogger(__name__)
 # What the other components are built for, whatever the denoiser is: they run once for a picture.
 OTHERS_TARGETS = ("cpu", PORTABLE)
+REPORT = "report/parity.json"
 
 
 def compile_pipeline(request: BuildRequest, only: str | None = None) -> Path:
@@ -62,6 +64,7 @@ def compile_pipeline(request: BuildRequest, only: str | None = None) -> Path:
         if only is not None:
             take_over_others(request.output, work.bundle)
         write_others(folder, work.bundle)
+        proven(request, folder, work)
         write_json(work.bundle / PIPELINE_FILE, composed(request, folder, work))
         publish(work.bundle, request.output, aside=work.path / "replaced")
         work.keeps = False
@@ -161,6 +164,30 @@ def write_others(folder: PipelineFolder, bundle: Path) -> None:
         convert_tokenizer(folder.root / name, class_name, bundle / name)
     (bundle / SCHEDULER).mkdir(exist_ok=True)
     shutil.copyfile(folder.root / SCHEDULER / CONFIG_FILE, bundle / SCHEDULER / CONFIG_FILE)
+
+
+def proven(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> None:
+    """Stage: the pipeline's own gates. A failure raises ParityError; the report is kept among the rejected."""
+    from pipeline.verify.pipeline_gates import pipeline_report
+
+    remove(work.bundle / REPORT)
+    write_json(work.bundle / PIPELINE_FILE, composed(request, folder, work))
+
+    def prove() -> Report:
+        return pipeline_report(pipeline_bundle.load_pipeline(work.bundle), folder)
+
+    report, spent = timed("pipeline", prove, request.listener)
+    work.times.append(spent)
+    path = work.bundle / REPORT
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(report.to_json(), encoding="utf-8")
+    if not report.passed:
+        rejected = request.rejected_path / REPORT
+        rejected.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, rejected)
+        raise ParityError(f"{report.sentence()}; see {rejected}")
+    for gate in report.gates:
+        logger.info("pipeline/%s: %g %s, limit %g", gate.name, gate.value, gate.unit, gate.limit)
 
 
 def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> dict[str, object]:

@@ -54,6 +54,11 @@ class PipelineFolder:
     left_out: dict[str, str]
 
     @property
+    def classes(self) -> dict[str, str]:
+        """Every part that the index lists, and its class."""
+        return {name: _class_of(self.index, name, self.root) for name in listed_parts(self.root / INDEX)}
+
+    @property
     def class_name(self) -> str:
         return str(self.index["_class_name"])
 

@@ -29,6 +29,7 @@ from pipeline.generate.conditioning import Generation, load_generation
 
 if TYPE_CHECKING:
     from pipeline.generate.diffusers_adapter import EngineTransformer
+    from pipeline.generate.text_stand_in import EngineTextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +142,13 @@ class Bundle:
                 engine_config(private.path)
             return read_config(private.path / CONFIG, ContractError)
 
-    def as_diffusers(self, target: str = "auto") -> EngineTransformer:
-        """A drop-in for the `transformer` of a diffusers pipeline. Raises RecipeError for a text encoder."""
-        self.refuse_text_encoder()
-        machine.require(("torch", "diffusers"), "standing in for a diffusers transformer", "build")
+    def as_diffusers(self, target: str = "auto") -> EngineTransformer | EngineTextEncoder:
+        """A drop-in for the `transformer` of a diffusers pipeline, or for its `text_encoder`."""
+        machine.require(("torch", "diffusers", "transformers"), "standing in for a part of diffusers", "build")
+        if self.is_text_encoder:
+            from pipeline.generate.text_stand_in import EngineTextEncoder
+
+            return EngineTextEncoder(self.engine(target), self.config())
         from pipeline.generate.diffusers_adapter import as_diffusers
 
         return as_diffusers(self, target)

@@ -45,9 +45,7 @@ def refuse_tokenizer(folder: Path, class_name: str) -> tuple[str, ...]:
 def convert_tokenizer(folder: Path, class_name: str, output: Path) -> None:
     """Write `output`/tokenizer.json: that of `folder`, with how it pads and cuts. Raises ModelError for what
     transformers cannot read, or what has no token to pad with."""
-    files = refuse_tokenizer(folder, class_name)
-    with refused_as_model_error(f"{folder}: transformers cannot read this tokenizer"):
-        tokenizer = _from_spiece(folder) if SPIECE_FILE in files else _from_pretrained(folder, class_name)
+    tokenizer = read_tokenizer(folder, class_name)
     if tokenizer.pad_token is None:
         raise ModelError(
             f"{folder}: the tokenizer has no pad_token, which batches of prompts need; add one to its config"
@@ -62,6 +60,13 @@ def convert_tokenizer(folder: Path, class_name: str, output: Path) -> None:
     )
     with whole_file(output / TOKENIZER_FILE) as part:
         part.write_text(backend.to_str(), encoding="utf-8")
+
+
+def read_tokenizer(folder: Path, class_name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of transformers. Raises ModelError for what it cannot read."""
+    files = refuse_tokenizer(folder, class_name)
+    with refused_as_model_error(f"{folder}: transformers cannot read this tokenizer"):
+        return _from_spiece(folder) if SPIECE_FILE in files else _from_pretrained(folder, class_name)
 
 
 def _from_pretrained(folder: Path, class_name: str) -> PreTrainedTokenizerBase:

@@ -173,8 +173,13 @@ def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
     for kind, _, classes in (row.fill.partition(":") for row in model.inputs):
         if kind == "class":
             return [str(number) for number in rng.integers(int(classes), size=count)]
+    return captions(count, seed)
+
+
+def captions(count: int, seed: int) -> list[str]:
+    """Captions of everyday pictures, the same for the same seed."""
     lines = (resources.files("pipeline.generate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
-    order = rng.permutation(len(lines))
+    order = np.random.default_rng(seed).permutation(len(lines))
     return [lines[order[i % len(lines)]] for i in range(count)]
 
 
