@@ -220,6 +220,8 @@ def calibrated(
     folder."""
     from pipeline.calibrate import adopt, calibrate
 
+    if not model.family.quantizes:
+        return []
     folder = work.scratch("calibrate")
 
     def quantize() -> list[QuantizedLinear]:

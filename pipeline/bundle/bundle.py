@@ -15,7 +15,7 @@ from export.documents import open_file, sha256
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
-from export.models.families import FAMILIES, Config
+from export.models.families import DENOISER, FAMILIES, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS, PORTABLE
@@ -119,16 +119,21 @@ class Bundle:
             yield load_generation(private.path)
 
     @property
-    def is_text_encoder(self) -> bool:
-        """Of a family that is called once for a prompt, and draws nothing."""
+    def noun(self) -> str:
+        """What the model is; a family outside the table is a denoiser's."""
         family = FAMILIES.get(self.manifest["model"]["family"])
-        return family is not None and not family.steps
+        return DENOISER if family is None else family.noun
 
-    def refuse_text_encoder(self) -> None:
-        """Raise RecipeError where the bundle draws nothing."""
-        if self.is_text_encoder:
+    @property
+    def is_denoiser(self) -> bool:
+        """Is it called step by step, to draw? Other parts of a pipeline are called once."""
+        return self.noun == DENOISER
+
+    def refuse_other_part(self) -> None:
+        """Raise RecipeError where the bundle draws nothing by itself."""
+        if not self.is_denoiser:
             raise RecipeError(
-                f"{self.path} is a text encoder, which draws nothing; give the bundle of a denoiser, and call this one "
+                f"{self.path} is a {self.noun}, which draws nothing; give the bundle of a denoiser, and call this one "
                 "by load(BUNDLE).engine().run"
             )
 
@@ -136,13 +141,13 @@ class Bundle:
         """The model's configuration, of a denoiser with what drawing needs in it. Raises ContractError where it lacks
         that, or the file changed since it was verified."""
         with self.copied({CONFIG}.__contains__) as private:
-            if not self.is_text_encoder:
+            if self.is_denoiser:
                 engine_config(private.path)
             return read_config(private.path / CONFIG, ContractError)
 
     def as_diffusers(self, target: str = "auto") -> EngineTransformer:
-        """A drop-in for the `transformer` of a diffusers pipeline. Raises RecipeError for a text encoder."""
-        self.refuse_text_encoder()
+        """A drop-in for the `transformer` of a diffusers pipeline. Raises RecipeError for another part."""
+        self.refuse_other_part()
         machine.require(("torch", "diffusers"), "standing in for a diffusers transformer", "build")
         from pipeline.generate.diffusers_adapter import as_diffusers
 
