@@ -96,7 +96,8 @@ def export_portable(
     _log_undecided(layers)
     stand_ins = {ref.name: PlaceholderLinear(ref.name, ref.module.out_features) for ref in model.linears()}
     graph = _traced(model, stand_ins, height, width, attention)
-    quantize_graph(graph, layers)
+    if model.family.quantizes:
+        quantize_graph(graph, layers)
     attentions = sum(is_op(node, ATTENTION, DOMAIN) for node in graph.graph)
     if attention is not None:
         add_functions(graph, [ATTENTION])

@@ -30,7 +30,7 @@ from export.errors import ContractError, ModelError
 from export.formats.attention import AttentionFormats
 from export.models.attention_calls import attention_calls
 from export.models.description import Array
-from export.models.families import Input
+from export.models.families import SIDES, Input
 from export.models.torch_modules import Denoiser
 from export.quantize_graph import PLACEHOLDER
 
@@ -94,7 +94,9 @@ def exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, A
     """torch.export's program of a module whose forward takes the inputs `rows` in order, their dynamic axes dynamic.
     The module is not run: tensors have sizes alone meanwhile.
     """
-    sizes = {name: torch.export.Dim(name) for row in rows for name in row.dynamic_axes.values()}
+    least = {name: row.least_side for row in rows for name in row.dynamic_axes.values() if name in SIDES}
+    names = {name for row in rows for name in row.dynamic_axes.values()}
+    sizes = {name: torch.export.Dim(name, min=least.get(name)) for name in sorted(names)}
     dynamic = tuple({axis: sizes[name] for axis, name in row.dynamic_axes.items()} for row in rows)
     args = tuple(torch.from_numpy(samples[row.name]) for row in rows)
     with torch.no_grad():

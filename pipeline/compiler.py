@@ -240,6 +240,8 @@ def calibrated(
     folder."""
     from pipeline.calibrate import adopt, calibrate
 
+    if not model.family.quantizes:
+        return []
     folder = work.scratch("calibrate")
 
     def quantize() -> list[QuantizedLinear]:

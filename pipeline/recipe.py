@@ -17,7 +17,7 @@ from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
 from export.formats.attention import AttentionFormats
 from export.formats.format import get_format
-from export.models.families import LAYER_KINDS
+from export.models.families import LAYER_KINDS, Half
 from export.names import check_name
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Options, OptionsT
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
 T = TypeVar("T")
+HALVES = get_args(Half)
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
 # What the flags --model, --variant and --config say, None where one was not given.
@@ -200,7 +201,8 @@ class Recipe:
     """One engine: model, number formats, calibration, sampling, budgets, target options.
 
     model_variant, model_config: which of the model's weights files, and its config.json where it is elsewhere; both as
-    `export.models.load.load` takes them, "" for the plain ones. targets: options by the target's name; those of targets
+    `export.models.load.load` takes them, "" for the plain ones. half: which of an autoencoder, None for other models.
+    targets: options by the target's name; those of targets
     that are not named are the defaults. In TOML each is a table of the target's name.
 
     components: for the parts of a pipeline beside its denoiser, such as "text_encoder", tables of their own: `recipe`,
@@ -212,6 +214,7 @@ class Recipe:
     description: str = ""
     model_variant: str = ""
     model_config: str = ""
+    half: Half | None = None
     formats: Formats = Formats()
     attention: Attention = Attention()
     weights: Weights = Weights()
@@ -225,6 +228,12 @@ class Recipe:
         check_name(self.name, Path("recipe"), RecipeError)
         _check("/" not in self.name, f"recipe name {self.name!r} must be a plain file name")
         _check(bool(self.model), f"recipe {self.name}: model is empty; give a folder, a hub id or zoo:NAME")
+        _check(self.half in (None, *HALVES), f"recipe {self.name}: half {self.half!r}; use {' or '.join(HALVES)}")
+        _check(
+            self.half is None or self.attention.formats is None,
+            f"recipe {self.name}: attention of an autoencoder's {self.half} stays in float; leave attention.qk and "
+            "attention.pv out",
+        )
         defaults = {name: backend.options_type() for name, backend in BACKENDS.items()}
         for name, options in self.targets.items():
             _check(type(options) is type(defaults.get(name)), f"recipe {self.name}: {name} has no options {options!r}")
@@ -247,6 +256,8 @@ class Recipe:
         tables: dict[str, dict[str, object]] = common.pop("targets")
         if not self.components:
             del common["components"]
+        if self.half is None:  # which TOML does not know
+            del common["half"]
         return common | {name: table for name, table in tables.items() if table}
 
 
@@ -294,6 +305,7 @@ TYPES: dict[object, tuple[str, Callable[[Any], bool], Callable[[Any], object]]] 
     ),
     str: ("text", lambda value: type(value) is str, str),
     str | None: ("text", lambda value: type(value) is str, str),  # None is an absent key
+    Half | None: ("text", lambda value: type(value) is str, str),
     Literal: ("text", lambda value: type(value) is str, str),  # which, its class checks
     int: ("an integer", lambda value: type(value) is int, int),
     float: ("a number", lambda value: type(value) in (int, float), float),
@@ -472,4 +484,4 @@ def load_float_model(recipe: Recipe) -> LoadedModel:
     """The float model that the recipe names."""
     from export.models.load import load
 
-    return load(recipe.model, variant=recipe.model_variant, config=recipe.model_config)
+    return load(recipe.model, variant=recipe.model_variant, config=recipe.model_config, half=recipe.half)

@@ -34,6 +34,7 @@ HEAVY = {
 # Modules that define torch modules; they are themselves imported inside functions only.
 DEFINES_TORCH_MODULES = {
     "export/models/attention_calls.py",
+    "export/models/autoencoder_modules.py",
     "export/models/t5_modules.py",
     "export/models/torch_modules.py",
     "export/trace.py",

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
 from export.documents import Rules, read_json, shown
@@ -57,6 +57,9 @@ class Numbers(TypedDict):
     norm_num_groups: NotRequired[Count | None]
     dropout: NotRequired[Annotated[float, Ge(0), Le(1)]]
     norm_eps: NotRequired[Annotated[float, Ge(0), Le(1)]]
+    latent_channels: NotRequired[Annotated[int, Ge(1), Le(1024)]]
+    layers_per_block: NotRequired[Annotated[int, Ge(1), Le(16)]]
+    block_out_channels: NotRequired[Annotated[list[Annotated[int, Ge(1), Le(8192)]], MinLen(1), MaxLen(8)]]
 
 
 class EngineConfig(TypedDict):

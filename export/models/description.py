@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from export.documents import read_json
 from export.errors import RecipeError
 from export.models.config import RULES
-from export.models.families import Config, Family, Input, shared_names
+from export.models.families import Config, Family, Input, pixels_per_latent, shared_names
 from export.models.rotary import BASE_PIXELS, rotary_tables
 
 # A latent cell stands for 8 x 8 pixels in the VAEs of all latent families (four levels, three halvings).
@@ -22,6 +22,9 @@ LATENT_PIXELS = 8
 GENERATION_FILE = "generation.json"
 # Of a text encoder, which makes no picture.
 NO_CELLS = (0, 0)
+# Latents of an autoencoder, which takes any size, where none is asked for: what it does at a border and inside, and no
+# side like the other.
+USUAL_LATENTS = (16, 12)
 Array = NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64] | NDArray[np.bool_]
 Cells = tuple[int, int]
 Shape = tuple[int, ...]
@@ -48,14 +51,20 @@ class Description:
 
     @cached_property
     def pixels_per_cell(self) -> int:
-        """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one."""
+        """Image pixels per cell of `hidden_states`: 1 for a pixel-space model, 8 for a latent one; of an autoencoder
+        per cell of its input."""
+        if self.family.half is not None:
+            return pixels_per_latent(self.config) if self.family.half == "decoder" else 1
         return pixels_per_cell(self.folder, self.config)
 
     def cells(self, height: int = 0, width: int = 0) -> tuple[int, int]:
         """Height and width of `hidden_states` for an image of that many pixels; 0 stands for the model's own size.
 
-        NO_CELLS of a text encoder. Raises RecipeError for a size that the model cannot make.
+        NO_CELLS of a text encoder, of an autoencoder the cells of its input. Raises RecipeError for a size that the
+        model cannot make.
         """
+        if self.family.half is not None:
+            return self._cells_of_half(height, width)
         if not self.family.steps:
             if height or width:
                 raise RecipeError(
@@ -69,6 +78,13 @@ class Description:
             raise RecipeError(f"image size {height} x {width}: {self.source} needs multiples of {unit} pixels")
         if self.family.square and height != width:
             raise RecipeError(f"image size {height} x {width}: {self.family.name} makes square images only")
+        return height // self.pixels_per_cell, width // self.pixels_per_cell
+
+    def _cells_of_half(self, height: int, width: int) -> Cells:
+        unit = pixels_per_latent(self.config)
+        height, width = height or USUAL_LATENTS[0] * unit, width or USUAL_LATENTS[1] * unit
+        if height % unit or width % unit or min(height, width) <= 0:
+            raise RecipeError(f"image size {height} x {width}: {self.source} needs multiples of {unit} pixels")
         return height // self.pixels_per_cell, width // self.pixels_per_cell
 
 

@@ -24,10 +24,15 @@ Attributes = dict[str, int | bool]
 
 # Layer kinds a recipe can give a format of their own.
 LAYER_KINDS = ("attn.qkv", "attn.out", "cross.q", "cross.kv", "cross.out", "ff.in", "ff.out", "adaln", "skip", "other")
-# Dimensions of inputs that stay dynamic in an exported model; "height" and "width" are resolved per resolution.
+# Dimensions of inputs that stay dynamic in an exported model; "height" and "width" are resolved per resolution, but
+# where an input takes any size.
 DYNAMIC = ("batch", "tokens")
+SIDES = ("height", "width")
 # Inputs that change from step to step; all others are the condition.
 STEP_INPUTS = frozenset({"hidden_states", "timestep"})
+DENOISER, TEXT_ENCODER = "denoiser", "text encoder"
+# Of an autoencoder: latents to pictures, or pictures to latents.
+Half = Literal["decoder", "encoder"]
 FILLS = ("normal", "timestep", "mask", "aspect", "class", "ids", "zeros", "rotary_cos", "rotary_sin", "image_size")
 
 
@@ -36,7 +41,8 @@ class Input:
     """One model input. `shape` mixes numbers with "batch", "tokens", "height", "width" (cells) and "patches".
 
     `fill` says what a sample holds; "class:N" draws classes below N, "ids:N" numbers of tokens below N. implied: a
-    caller may leave it away, its value follows from the picture's size.
+    caller may leave it away, its value follows from the picture's size. least_side: height and
+    width stay dynamic, and this is the least of them that a trace is told of; None: they are fixed.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Input:
     fill: str = "normal"
     dtype: str = "float32"
     implied: bool = False
+    least_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.fill.partition(":")[0] not in FILLS:
@@ -57,7 +64,8 @@ class Input:
     @property
     def dynamic_axes(self) -> dict[int, str]:
         """Axis -> name of every dynamic dimension."""
-        return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str) and size in DYNAMIC}
+        names = DYNAMIC if self.least_side is None else (*DYNAMIC, *SIDES)
+        return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str) and size in names}
 
 
 def stated_inputs(family: Family, config: Config, source: Path) -> tuple[Input, ...]:
@@ -89,6 +97,9 @@ class Family:
     called once for a prompt. library: that has the class. streamed: the input of which every sample has its own.
     output: name of the one output. counted: the mask input that says which rows of the output [batch, tokens, C] are of
     a prompt; those of padding are nobody's. None: all count.
+
+    half: of an autoencoder, which is called once for a picture, and of which no layer is quantized; its class has a row
+    for each. absent: attributes of the class's module that the family does without, and with them their tensors.
     """
 
     name: str
@@ -109,11 +120,20 @@ class Family:
     streamed: str = "hidden_states"
     output: str = "sample"
     counted: str | None = None
+    half: Half | None = None
+    absent: tuple[str, ...] = ()
 
     @property
     def noun(self) -> str:
         """What a model of the family is."""
-        return "denoiser" if self.steps else "text encoder"
+        if self.half is not None:
+            return f"picture {self.half}"
+        return DENOISER if self.steps else TEXT_ENCODER
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it has layers to quantize."""
+        return bool(self.quantized)
 
     def kind_of(self, path: str) -> str | None:
         """Layer kind of a linear to quantize; None if it is kept."""
@@ -364,6 +384,50 @@ def _t5(name: str, class_name: str, tokens: int) -> Family:
     )  # fmt: skip
 
 
+# --- autoencoders --------------------------------------------------------------------------------------------------
+
+LATENTS, PICTURE = "latents", "sample"
+NOT_QUANTIZED = ((r".*", "a picture is decoded or encoded once, and an error in it is seen: fp16 weights, float32"),)
+
+
+def pixels_per_latent(config: Config) -> int:
+    """Pixels of a side of a latent's cell: each level of an AutoencoderKL but one halves the picture."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _latents(config: Config) -> tuple[Input, ...]:
+    return (Input(LATENTS, ("batch", config["latent_channels"], *SIDES), least_side=2),)
+
+
+def _picture(config: Config) -> tuple[Input, ...]:
+    least = 2 * pixels_per_latent(config)  # two cells: a trace takes an axis of one for one that broadcasts
+    return (Input(PICTURE, ("batch", config["in_channels"], *SIDES), least_side=least),)
+
+
+def _call_decoder(module: nn.Module, inputs: Tensors) -> Tensor:
+    from export.models.autoencoder_modules import decode
+
+    return decode(module, inputs[LATENTS])
+
+
+def _call_encoder(module: nn.Module, inputs: Tensors) -> Tensor:
+    from export.models.autoencoder_modules import encode
+
+    return encode(module, inputs[PICTURE])
+
+
+VAE_DECODER = Family(
+    "vae_decoder", "AutoencoderKL", lambda config: True, (), NOT_QUANTIZED, _latents, _call_decoder,
+    "latents, divided by scaling_factor and shifted as AutoencoderKL.decode takes them",
+    steps=False, streamed=LATENTS, output=PICTURE, half="decoder", absent=("encoder", "quant_conv"),
+)  # fmt: skip
+VAE_ENCODER = Family(
+    "vae_encoder", "AutoencoderKL", lambda config: True, (), NOT_QUANTIZED, _picture, _call_encoder,
+    "pictures from -1 to 1; the result is mean and logarithm of the variance of the latents",
+    steps=False, streamed=PICTURE, output="moments", half="encoder", absent=("decoder", "post_quant_conv"),
+)  # fmt: skip
+
+
 FAMILIES: dict[str, Family] = {
     row.name: row
     for row in (
@@ -374,5 +438,7 @@ FAMILIES: dict[str, Family] = {
         _t5("t5", "T5EncoderModel", 120),
         _t5("mt5", "MT5EncoderModel", 256),
         _t5("umt5", "UMT5EncoderModel", 256),
+        VAE_DECODER,
+        VAE_ENCODER,
     )
 }

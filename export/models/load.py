@@ -17,12 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.documents import shown
 from export.errors import ModelError
 from export.formats.operands import HALF_ROUNDING
 from export.models.config import FILE as CONFIG
 from export.models.config import OLDER_CLASS, SUCCESSORS, defaults_of, least_parameters, read_config, unread_keys
 from export.models.description import GENERATION_FILE, Description, sample_inputs
-from export.models.families import FAMILIES, Config, Family
+from export.models.families import FAMILIES, Config, Family, Half
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
 from export.models.transformers_config import completed
@@ -107,33 +108,37 @@ def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
 # --- where a model comes from --------------------------------------------------------------------------------------
 
 
-def load(source: str, kept_only: bool = False, variant: str = "", config: str = "") -> LoadedModel:
+def load(
+    source: str, kept_only: bool = False, variant: str = "", config: str = "", half: Half | None = None
+) -> LoadedModel:
     """Load a denoiser from a diffusers folder (a transformer or a pipeline) or a .safetensors file, `zoo:NAME`, or a
     hub id (OWNER/NAME or OWNER/NAME@REVISION) in the cache.
 
     variant: which of a folder's weights, as in diffusers ("fp16", "ema"), "" for the plain ones, or the only ones.
     config: the model's config.json, a folder that has it, `zoo:NAME` or a hub id; "" for the one beside the weights.
+    half: which of an autoencoder, whose folder may be a pipeline's as well; None for other models.
     kept_only: the folder is one of `save_kept`; the linears to quantize are NaN: the model can be exported, not run.
     Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
     has not been downloaded.
     """
     root, revision = find(source)
-    folder = _model_folder(root)
-    config_path, remedy = _config_file(config, folder)
+    part = "transformer" if half is None else "vae"
+    folder = _model_folder(root, part)
+    config_path, remedy = _config_file(config, folder, part)
     values = _read_config(config_path, remedy)
-    family, notes = _family_of(values, config_path)
+    family, notes = _family_of(values, config_path, half)
     files = _weights(root, folder, variant)
     files.refuse_damaged()
     if not kept_only:
         _refuse_too_few_bytes(least_parameters(values), files, config_path)
     values = _completed(values, family, config_path)
     module = _build(family, values, config_path, None if kept_only else files)
-    if not any(family.kind_of(path) for path, _ in _linears(module)):
+    if family.quantizes and not any(family.kind_of(path) for path, _ in _linears(module)):
         raise ModelError(
             f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
         )
     absent = _quantized_tensors(module, family) if kept_only else set()
-    weights = _read(files, values, module, absent)
+    weights = _read(files, values, module, absent, family)
     _assign(module, family, dict(weights.tensors) | _nan(module, absent))
     logger.info("%s: %s", source, weights)
     for name in weights.used:
@@ -152,21 +157,22 @@ def _adapters_beside(root: Path, folder: Path) -> tuple[str, ...]:
     return tuple(f"{path} is an adapter and is not part of this model; if it should be, {MERGE}" for path in paths)
 
 
-def _model_folder(root: Path) -> Path:
+def _model_folder(root: Path, part: str) -> Path:
+    """part: the folder that the model has in a whole pipeline."""
     if root.is_file():
         return root.parent
-    return root / "transformer" if (root / "transformer" / CONFIG).is_file() else root
+    return root / part if (root / part / CONFIG).is_file() else root
 
 
-def _config_file(config: str, folder: Path) -> tuple[Path, str]:
+def _config_file(config: str, folder: Path, part: str) -> tuple[Path, str]:
     """The file to read the configuration from, and what to do if there is none."""
     if not config:
-        remedy = "give a diffusers transformer folder, or a pipeline with transformer/"
+        remedy = f"give a diffusers {part} folder, or a pipeline with {part}/"
         return folder / CONFIG, f"{remedy}; for a weights file also --config with the model's config.json"
     path, rule = Path(config).expanduser(), "--config takes a config.json, the folder of one, a hub id or zoo:NAME"
     if not path.is_file():
         try:
-            path = _model_folder(find(config)[0]) / CONFIG
+            path = _model_folder(find(config)[0], part) / CONFIG
         except ModelError as error:
             raise ModelError(f"--config {config!r}: {rule}, and this is none of them ({error})") from error
     return path, rule
@@ -180,10 +186,11 @@ def _weights(root: Path, folder: Path, variant: str) -> WeightsFiles:
     return weights_file(root)
 
 
-def _read(files: WeightsFiles, config: Config, module: nn.Module, absent: set[str]) -> Weights:
+def _read(files: WeightsFiles, config: Config, module: nn.Module, absent: set[str], family: Family) -> Weights:
     """The tensors of `module` but for those in `absent`, with every tensor of the files accounted for."""
     shapes = {name: shape for name, shape in _shapes(module).items() if name not in absent}
-    return read_weights(files, config, shapes, getattr(getattr(module, "pos_embed", None), "pos_embed", None))
+    positions = getattr(getattr(module, "pos_embed", None), "pos_embed", None)
+    return read_weights(files, config, shapes, positions, family.absent)
 
 
 def _read_config(path: Path, remedy: str) -> Config:
@@ -223,11 +230,18 @@ def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) ->
         )
 
 
-def _family_of(config: Config, path: Path) -> tuple[Family, tuple[str, ...]]:
+def _family_of(config: Config, path: Path, half: Half | None) -> tuple[Family, tuple[str, ...]]:
+    """The row of the class, and notes. Raises ModelError for a class that is not known, or not by its half."""
     name = config["_class_name"]
-    for family in FAMILIES.values():
-        if family.class_name == name and family.matches(config):
-            return family, ()
+    rows = [family for family in FAMILIES.values() if family.class_name == name and family.matches(config)]
+    if family := next((family for family in rows if family.half == half), None):
+        return family, ()
+    if half is not None:
+        known = ", ".join(dict.fromkeys(row.class_name for row in FAMILIES.values() if row.half is not None))
+        raise ModelError(f"{path}: {name} is not an autoencoder that is known here, which are {known}")
+    if rows:
+        recipes = " or ".join(f"--engine {row.name}" for row in rows)
+        raise ModelError(f"{path}: {name} is an autoencoder, of which each half is built by itself; use {recipes}")
     from export.models.generic import generic_family
 
     if "architectures" in config:
@@ -264,11 +278,29 @@ def _completed(config: Config, family: Family, path: Path) -> Config:
         return completed(config, family.class_name, path)
     unread_keys(config, family.class_name, path, NUMBERS)
     defaults = defaults_of(family.class_name)
+    if family.half is not None:
+        return _completed_autoencoder({**defaults, **config}, path)
     numbers = {key: config.get(key, defaults.get(key)) for key in NUMBERS}
     for key, value in numbers.items():
         if type(value) is not int:
             raise ModelError(f"{path}: {key} is {value!r}; {family.class_name} needs a number")
     return {**config, **numbers}
+
+
+# Kinds of block of an autoencoder, by the key that lists them.
+KNOWN_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+
+def _completed_autoencoder(config: Config, path: Path) -> Config:
+    """The configuration, whose blocks are of the kind that is compiled. Raises ModelError naming another."""
+    levels = len(config["block_out_channels"])
+    for key, known in KNOWN_BLOCKS.items():
+        if list(config[key]) != [known] * levels:
+            raise ModelError(
+                f"{path}: {key} is {shown(config[key])}; an autoencoder of {levels} levels is compiled with {known} in "
+                "each"
+            )
+    return config
 
 
 def _build(family: Family, config: Config, path: Path, files: WeightsFiles | None) -> nn.Module:
@@ -278,6 +310,7 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
     import diffusers
     import torch
 
+    from export.models.autoencoder_modules import exportable_half
     from export.models.torch_modules import set_resolution, use_masked_attention
 
     if family.library == "transformers":
@@ -293,6 +326,8 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
         raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
     if files is not None:
         _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
+    if family.half is not None:
+        return exportable_half(module, family.absent)
     set_resolution(module, config["sample_size"], config["sample_size"])
     use_masked_attention(module)
     return _with_buffers(module, cls, known)
@@ -353,7 +388,7 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    kept = _read(model.files, model.config, model.module, set()).tensors
+    kept = _read(model.files, model.config, model.module, set(), model.family).tensors
     absent = _quantized_tensors(model.module, model.family)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

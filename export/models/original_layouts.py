@@ -123,7 +123,22 @@ HUNYUAN = (
         (rf"{BLOCK}\.mlp\.fc2", r"blocks.\1.ff.net.2"),
     ),
 )
-LAYOUTS = {"DiTTransformer2DModel": DIT, "PixArtTransformer2DModel": PIXART, "HunyuanDiT2DModel": HUNYUAN}
+# Attention as diffusers itself called it in the autoencoders of its first releases, which are still in use.
+OLDER_ATTENTION = r"((?:en|de)coder\.mid_block\.attentions\.\d+)"
+AUTOENCODER = _rows(
+    (rf"{OLDER_ATTENTION}\.query", r"\1.to_q"),
+    (rf"{OLDER_ATTENTION}\.key", r"\1.to_k"),
+    (rf"{OLDER_ATTENTION}\.value", r"\1.to_v"),
+    (rf"{OLDER_ATTENTION}\.proj_attn", r"\1.to_out.0"),
+)
+LAYOUTS = {
+    "DiTTransformer2DModel": DIT,
+    "PixArtTransformer2DModel": PIXART,
+    "HunyuanDiT2DModel": HUNYUAN,
+    "AutoencoderKL": AUTOENCODER,
+}
+# Classes of which a file may have older names for some of its tensors alone.
+WITHOUT_MARK = frozenset(("AutoencoderKL",))
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:

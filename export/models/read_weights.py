@@ -7,7 +7,7 @@ queries, a bias), so that leaving it out would build an engine of another model.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,7 +16,7 @@ from export.errors import ModelError
 from export.formats.operands import ROUNDING
 from export.models import float8
 from export.models.families import Config
-from export.models.original_layouts import LAYOUTS, MARK, plain_names, translated
+from export.models.original_layouts import LAYOUTS, MARK, WITHOUT_MARK, plain_names, translated
 from export.models.weights import MERGE, WeightsFiles
 
 if TYPE_CHECKING:
@@ -113,10 +113,12 @@ def read_weights(
     config: Config,
     expected: Mapping[str, tuple[int, ...]],
     positions: torch.Tensor | None = None,
+    absent: Collection[str] = (),
 ) -> Weights:
     """Every tensor in `expected` (name -> shape), checked: there, of that shape, floating point and finite.
 
     config: of the class, with _class_name. positions: the table of positions that the class computes, or None.
+    absent: parts of the class that the model does without, whose tensors are ignored.
     Tensors keep the file's type and stay mapped, but float8 becomes fp16 (float32 with scales). Names of the models'
     own repositories, and prefixes of wrappers, are understood. Raises ModelError naming the file and the tensor.
     """
@@ -126,6 +128,10 @@ def read_weights(
     named = _in_diffusers_names(_without_scales(stored), config)
     keys = {row.key for row in stored.values()}
     for name, row in list(named.items()):
+        if (part := name.partition(".")[0]) in absent:
+            ignored[row.key] = f"of {part}, the other half of the autoencoder"
+            del named[name]
+            continue
         if name not in expected:
             if (owner := TIED.get(name)) in expected and owner not in named:
                 named[str(owner)] = named.pop(name)
@@ -165,7 +171,7 @@ def _unwrapped(files: WeightsFiles) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _in_diffusers_names(stored: Mapping[str, Stored], config: Config) -> dict[str, Stored]:
     class_name = str(config["_class_name"])
-    if class_name not in LAYOUTS or MARK not in stored:
+    if class_name not in LAYOUTS or not (MARK in stored or class_name in WITHOUT_MARK):
         return dict(stored)
     named: dict[str, Stored] = {}
     for key, row in stored.items():

@@ -228,12 +228,16 @@ class Backend(ABC, Generic[OptionsT]):
             return [str(error)]
         return []
 
-    def attention_problems(self, recipe: Recipe) -> list[str]:
-        """One message where the recipe quantizes attention, for targets that compute it in floats; else none."""
-        if recipe.attention.formats is None:
-            return []
-        remedy = "--set attention.qk=float --set attention.pv=float keeps it in floats, --target cpu or onnx takes it"
-        return [f"target {self.name} has no quantized attention (the recipe's: {recipe.attention.text()}); {remedy}"]
+    def problems_of_gpus(self, recipe: Recipe) -> list[str]:
+        """A message for each thing in the recipe that no target for GPUs takes: quantized attention, autoencoders."""
+        found = []
+        if recipe.attention.formats is not None:
+            remedy = "--set attention.qk=float --set attention.pv=float keeps it in floats, --target cpu takes it"
+            text = recipe.attention.text()
+            found.append(f"target {self.name} has no quantized attention (the recipe's: {text}); {remedy}")
+        if recipe.half is not None:
+            found.append(f"target {self.name} builds no {recipe.half} of an autoencoder; --target cpu does")
+        return found
 
     @abstractmethod
     def checks(self) -> list[Check]:

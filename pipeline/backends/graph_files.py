@@ -20,11 +20,12 @@ from pipeline.passes.quantized_gemm import PACKED_GEMMS
 from pipeline.passes.rewrite import LoweringPass
 
 
-def packed_model(portable: Path) -> ir.Model:
-    """The portable model after the shared passes. Raises ContractError where it has no quantized linear."""
+def packed_model(portable: Path, quantized: bool = True) -> ir.Model:
+    """The portable model after the shared passes. Raises ContractError where it has no quantized linear and is said to
+    be `quantized`."""
     model = load_model(portable)
     run_shared(model)
-    if not any(node.domain == DOMAIN and node.op_type in PACKED_GEMMS for node in model.graph):
+    if quantized and not any(node.domain == DOMAIN and node.op_type in PACKED_GEMMS for node in model.graph):
         raise ContractError(f"{portable} has no quantized linear to lower; export the model again")
     return model
 

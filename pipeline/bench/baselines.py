@@ -41,17 +41,17 @@ class Contestant:
 
 
 def baselines(model: LoadedModel, recipe: Recipe, folder: Path, threads: int) -> list[Contestant]:
-    """PyTorch in float32 and bfloat16, onnxruntime in float32 and with dynamically quantized INT8 weights.
+    """PyTorch in float32 and bfloat16, onnxruntime in float32 and with dynamically quantized INT8 weights; of an
+    autoencoder, whose convolutions have no dynamic INT8 there, the float ones.
 
     Their models are written into `folder`, which must last as long as they: float32 twice and INT8, 9 bytes per
     parameter.
     """
     size = FloatModel.of_recipe(recipe)
-    return [
-        *_torch(model, threads),
-        _onnxruntime("onnxruntime_fp32", ONNX_FP32, model, size, folder, threads),
-        _onnxruntime("onnxruntime_int8", ONNX_INT8, model, size, folder, threads),
-    ]
+    floats = [*_torch(model, threads), _onnxruntime("onnxruntime_fp32", ONNX_FP32, model, size, folder, threads)]
+    if not model.family.quantizes:
+        return floats
+    return [*floats, _onnxruntime("onnxruntime_int8", ONNX_INT8, model, size, folder, threads)]
 
 
 def _torch(model: LoadedModel, threads: int) -> list[Contestant]:

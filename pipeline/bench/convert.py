@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 from export.documents import read_json
 from export.errors import UserError
 from export.models.description import sample_inputs
+from export.models.families import Half
 from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.files import publish, remove, write_json
@@ -56,18 +57,20 @@ class FloatModel:
     config: str
     height: int
     width: int
+    half: Half | None = None
 
     @staticmethod
     def of_recipe(recipe: Recipe) -> FloatModel:
         """The model and the size of a recipe."""
         size = recipe.sampling
-        return FloatModel(recipe.model, recipe.model_variant, recipe.model_config, size.height, size.width)
+        named = recipe.model, recipe.model_variant, recipe.model_config
+        return FloatModel(*named, size.height, size.width, recipe.half)
 
     def load(self) -> LoadedModel:
         """Raises ModelError."""
         from export.models.load import load
 
-        return load(self.source, False, self.variant, self.config)
+        return load(self.source, False, self.variant, self.config, self.half)
 
 
 class Stamp(TypedDict):

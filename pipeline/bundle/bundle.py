@@ -16,7 +16,7 @@ from export.documents import open_file, sha256
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
-from export.models.families import FAMILIES, Config
+from export.models.families import DENOISER, FAMILIES, TEXT_ENCODER, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS, PORTABLE
@@ -121,16 +121,21 @@ class Bundle:
             yield load_generation(private.path)
 
     @property
-    def is_text_encoder(self) -> bool:
-        """Of a family that is called once for a prompt, and draws nothing."""
+    def noun(self) -> str:
+        """What the model is; a family outside the table is a denoiser's."""
         family = FAMILIES.get(self.manifest["model"]["family"])
-        return family is not None and not family.steps
+        return DENOISER if family is None else family.noun
 
-    def refuse_text_encoder(self) -> None:
-        """Raise RecipeError where the bundle draws nothing."""
-        if self.is_text_encoder:
+    @property
+    def is_denoiser(self) -> bool:
+        """Is it called step by step, to draw? Other parts of a pipeline are called once."""
+        return self.noun == DENOISER
+
+    def refuse_other_part(self) -> None:
+        """Raise RecipeError where the bundle draws nothing by itself."""
+        if not self.is_denoiser:
             raise RecipeError(
-                f"{self.path} is a text encoder, which draws nothing; give the bundle of a denoiser, and call this one "
+                f"{self.path} is a {self.noun}, which draws nothing; give the bundle of a denoiser, and call this one "
                 "by load(BUNDLE).engine().run"
             )
 
@@ -138,20 +143,26 @@ class Bundle:
         """The model's configuration, of a denoiser with what drawing needs in it. Raises ContractError where it lacks
         that, or the file changed since it was verified."""
         with self.copied({CONFIG}.__contains__) as private:
-            if not self.is_text_encoder:
+            if self.is_denoiser:
                 engine_config(private.path)
             return read_config(private.path / CONFIG, ContractError)
 
-    def as_diffusers(self, target: str = "auto") -> EngineTransformer | EngineTextEncoder:
-        """A drop-in for the `transformer` of a diffusers pipeline, or for its `text_encoder`."""
-        machine.require(("torch", "diffusers", "transformers"), "standing in for a part of diffusers", "build")
-        if self.is_text_encoder:
-            from pipeline.generate.text_stand_in import EngineTextEncoder
-
-            return EngineTextEncoder(self.engine(target), self.config())
+    def as_diffusers(self, target: str = "auto") -> EngineTransformer:
+        """A drop-in for the `transformer` of a diffusers pipeline. Raises RecipeError for another part."""
+        self.refuse_other_part()
+        machine.require(("torch", "diffusers"), "standing in for a diffusers transformer", "build")
         from pipeline.generate.diffusers_adapter import as_diffusers
 
         return as_diffusers(self, target)
+
+    def as_text_encoder(self, target: str = "auto") -> EngineTextEncoder:
+        """A drop-in for the `text_encoder` of a diffusers pipeline. Raises RecipeError for another part."""
+        if self.noun != TEXT_ENCODER:
+            raise RecipeError(f"{self.path} is a {self.noun}; give the bundle of a text encoder")
+        machine.require(("torch", "transformers"), "standing in for a text encoder of transformers", "build")
+        from pipeline.generate.text_stand_in import EngineTextEncoder
+
+        return EngineTextEncoder(self.engine(target), self.config())
 
 
 def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
     """The recipe with the method that "auto" means for this model, which is said; any other comes back as it is.
 
-    Of a text encoder, which has no steps and no guidance, it asks for none. Raises RecipeError for a method that looks
-    at steps.
+    Of other models than denoisers, which have no steps and no guidance, it asks for none. Raises RecipeError for a
+    method that looks at steps.
     """
     if not model.family.steps:
         recipe = replace(recipe, sampling=replace(recipe.sampling, n_steps=1, guidance_scale=1.0))
@@ -45,7 +45,7 @@ def with_method(recipe: Recipe, model: LoadedModel) -> Recipe:
             fitting = ", ".join(name for name, row in METHODS.items() if not row.steps)
             raise RecipeError(
                 f"calibrate.method {recipe.calibrate.method} looks at the steps of a sampler, and {model.source} is a "
-                f"text encoder, which has none; use one of {fitting}"
+                f"{model.family.noun}, which has none; use one of {fitting}"
             )
     chosen = settled(recipe, model.parameters)
     if chosen is not recipe:

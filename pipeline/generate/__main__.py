@@ -114,7 +114,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         raise RecipeError(f"--scale must not be negative, and {args.output} must end in .png")
     refuse_unwritable(args.output, False, "--output")
     bundle = load(args.bundle, args.threads)
-    bundle.refuse_text_encoder()
+    bundle.refuse_other_part()
     request = DrawRequest(tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale)
     if makes_pixels(bundle):
         if args.pipeline is not None:

@@ -1,6 +1,6 @@
 """An engine in the place of a diffusers pipeline's `text_encoder`.
 
-pipe.text_encoder = load("engines/pixart/text_encoder").as_diffusers()
+pipe.text_encoder = load("engines/pixart/text_encoder").as_text_encoder()
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def verify_bundle(
         )
     with original.copied() as bundle, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         refuse_other_description(bundle, model)
-        layers = read_layers(bundle.path / "model.onnx")
+        layers = read_layers(bundle.path / "model.onnx") if model.family.quantizes else []
         lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder)))
         with opened(bundle.path, bundle.targets, machine.threads(threads)) as engines:
             report, _ = timed(

@@ -71,12 +71,19 @@ def write_page(
         title=recipe.name,
         subtitle=recipe.description,
         report=report,
-        facts=_facts(model, recipe, study),
+        facts=_facts(model, recipe, study.case.n_steps),
         recipe=to_toml(recipe),
         prompts=study.case.prompts if columns else (),
         columns=columns,
         pictures_note=note,
     )
+    (out_dir / "index.html").write_text(render(page), encoding="utf-8")
+
+
+def write_plain_page(report: Report, model: LoadedModel, recipe: Recipe, out_dir: Path) -> None:
+    """Write index.html of a model of which nothing is quantized, and which draws nothing by itself."""
+    note = f"None: a {model.family.noun} draws nothing by itself, and what it gives is compared as numbers below."
+    page = Page(recipe.name, recipe.description, report, _facts(model, recipe), to_toml(recipe), (), (), note)
     (out_dir / "index.html").write_text(render(page), encoding="utf-8")
 
 
@@ -91,12 +98,10 @@ def _pictures(study: Study, engines: Mapping[str, NDArray[np.float32]]) -> tuple
     return gallery(study.pictures, engines, pixels), note
 
 
-def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]:
+def _facts(model: LoadedModel, recipe: Recipe, n_steps: int | None = None) -> dict[str, Facts]:
+    """n_steps: None of a model of which nothing is quantized, nor asked for by the recipe."""
     here = machine.facts()
     count = sum(tensor.numel() for tensor in model.module.parameters())
-    calibrate = recipe.calibrate
-    others = activation_scalings(calibrate.method, calibrate.preset, calibrate.options)
-    scalings = " or ".join(dict.fromkeys((*others, "per_token")))
     return {
         "Model": {
             "source": model.source,
@@ -105,14 +110,7 @@ def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]
             "parameters": f"{count / 1e6:.1f} M",
             "sha256": model.sha256[:16],
         },
-        "Recipe": {
-            "weights": f"{recipe.formats.weight}, {recipe.weights.scales_text()}",
-            "activations": f"{recipe.formats.activation}, {scalings}",
-            "attention": recipe.attention.text(),
-            "exceptions": ", ".join(f"{kind} {name}" for kind, name in recipe.formats.weight_of.items()) or "none",
-            "calibration": f"{recipe.calibrate.method}, {recipe.weights.search} search",
-            "steps": str(study.case.n_steps),
-        },
+        "Recipe": {"weights": "fp16 where they fit, else fp32"} if n_steps is None else _quantization(recipe, n_steps),
         "Machine": {
             "processor": here["cpu"],
             "cores": str(here["cpus"]),
@@ -120,6 +118,20 @@ def _facts(model: LoadedModel, recipe: Recipe, study: Study) -> dict[str, Facts]
             "instructions": ", ".join(here["cpu_flags"]),
         },
         "Versions": tool_versions(),
+    }
+
+
+def _quantization(recipe: Recipe, n_steps: int) -> Facts:
+    calibrate = recipe.calibrate
+    others = activation_scalings(calibrate.method, calibrate.preset, calibrate.options)
+    scalings = " or ".join(dict.fromkeys((*others, "per_token")))
+    return {
+        "weights": f"{recipe.formats.weight}, {recipe.weights.scales_text()}",
+        "activations": f"{recipe.formats.activation}, {scalings}",
+        "attention": recipe.attention.text(),
+        "exceptions": ", ".join(f"{kind} {name}" for kind, name in recipe.formats.weight_of.items()) or "none",
+        "calibration": f"{calibrate.method}, {recipe.weights.search} search",
+        "steps": str(n_steps),
     }
 
 

@@ -28,6 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.verify import attentions as attention
 from pipeline.verify.attention_oracle import AttentionProbe
 from pipeline.verify.attentions import Attentions, attention_gates
+from pipeline.verify.autoencoder import verify_half
 from pipeline.verify.calls import call_errors, state_result
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, kept_beside
@@ -72,7 +73,8 @@ def verify(
     out_dir: Path,
     threads: int | None = None,
 ) -> Report:
-    """All gates of design: `layers` are what every engine must compute. Writes the report's files into `out_dir`.
+    """All gates of design: `layers` are what every engine must compute, none of an autoencoder. Writes the report's
+    files into `out_dir`.
 
     A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
     says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large model
@@ -80,6 +82,8 @@ def verify(
     """
     from pipeline.verify.page import write_page
 
+    if model.family.half is not None:
+        return verify_half(model, lowered, engines, recipe, out_dir)
     arithmetics = {target: BACKENDS[target].arithmetic(recipe, target in engines) for target in lowered}
     of_graphs = {ARITHMETICS[arithmetic].of_graph for arithmetic in arithmetics.values()}
     threads = machine.threads(threads)

@@ -28,6 +28,8 @@ NAMES = [
     "pixart_w8a6",
     "pixart_w8a8",
     "t5_w4a8",
+    "vae_decoder",
+    "vae_encoder",
 ]
 # One other legal value for every key of a recipe.
 OTHER = {
@@ -36,6 +38,7 @@ OTHER = {
     "description": "words",
     "model_variant": "fp16",
     "model_config": "config.json",
+    "half": "decoder",
     "formats.weight": "INT4",
     "formats.activation": "INT8",
     "formats.weight_of": {"ff.in": "E3M0"},
@@ -148,6 +151,7 @@ BAD_VALUES = [
     ("name", "a/b"),
     ("name", ""),
     ("model", ""),
+    ("half", "both"),
     ("formats.weight", "E9M9"),
     ("formats.activation", "FP6"),
     ("formats.weight_of", {"ff.in": "E9M9"}),

@@ -106,7 +106,8 @@ class CpuBackend(Backend[CpuOptions]):
         from pipeline.backends.cpu import build
         from pipeline.backends.cpu.engine import provided
 
-        return build.lower(portable, work_dir, self.options(self.settled(recipe)), provided(machine.cpu_flags()))
+        options, quantized = self.options(self.settled(recipe)), recipe.half is None
+        return build.lower(portable, work_dir, options, provided(machine.cpu_flags()), quantized)
 
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.cpu import build

@@ -31,9 +31,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def lower(portable: Path, work_dir: Path, options: CpuOptions, provided: Collection[str]) -> LoweredGraph:
-    """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file."""
-    model = packed_model(portable)
+def lower(
+    portable: Path, work_dir: Path, options: CpuOptions, provided: Collection[str], quantized: bool = True
+) -> LoweredGraph:
+    """Write model.onnx and model.onnx.data, lowered, into `work_dir`; weights stream from the portable file.
+
+    quantized: is there a linear that is? An autoencoder has none.
+    """
+    model = packed_model(portable, quantized)
     lowering = LowerCpu(provided, chains=options.path == "fused")
     lowering(model)
     requires = set(lowering.needs)

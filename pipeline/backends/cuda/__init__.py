@@ -108,7 +108,7 @@ class CudaBackend(Backend[CudaOptions]):
         """Formats, activations and attention that no kernel takes."""
         from pipeline.backends.cuda import build
 
-        return [*build.problems(recipe), *self.attention_problems(recipe)]
+        return [*build.problems(recipe), *self.problems_of_gpus(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.cuda import build

@@ -52,11 +52,12 @@ class PortableBackend(Backend[PortableOptions]):
         return self.package_problems()
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
-        """The portable file as it is, and where its quantized linears are. Raises ContractError if it has none."""
+        """The portable file as it is, and where its quantized linears are. Raises ContractError if it has none and is
+        no autoencoder's."""
         from pipeline.backends.portable.linears import read_linears
 
         linears = read_linears(portable)
-        if not linears:
+        if not linears and recipe.half is None:
             raise ContractError(f"{portable} has no quantized linear; export the model again")
         return LoweredGraph(portable, tuple(row.probe for row in linears), tuple(row.choice for row in linears))
 

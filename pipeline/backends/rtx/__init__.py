@@ -116,7 +116,7 @@ class RtxBackend(Backend[RtxOptions]):
         from pipeline.backends.rtx import build
 
         found = build.problems(recipe, self.options(recipe), self.package_problems())
-        return [*found, *self.attention_problems(recipe)]
+        return [*found, *self.problems_of_gpus(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         from pipeline.backends.rtx import build

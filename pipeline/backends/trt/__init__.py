@@ -75,7 +75,7 @@ class TrtBackend(Backend[TrtOptions]):
         from pipeline.backends.trt import build, engine
 
         found = [*engine.environment_problems(machine.cuda_sm()), *build.problems(recipe)]
-        return [*found, *self.attention_problems(recipe)]
+        return [*found, *self.problems_of_gpus(recipe)]
 
     def lower(self, portable: Path, work_dir: Path, recipe: Recipe) -> LoweredGraph:
         """The graph of fused ops, which is verified."""
