@@ -16,6 +16,7 @@ from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.manifest_schema import Chosen, Counts, Kept, Layer, Target
+from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
 from pipeline.compiler import model_row
@@ -77,6 +78,44 @@ def bundle_document(path: Path) -> Document:
         "bytes": dict[str, int](**manifest["bytes"]),
         "layers": [layer_row(row, manifest["targets"]) for row in manifest["layers"]],
     }
+
+
+class PipelineDocument(TypedDict):
+    """The answer for a pipeline bundle. components: by name, as of each bundle alone. left_out: parts, and why."""
+
+    pipeline: str
+    class_name: str
+    source: Mapping[str, str]
+    components: dict[str, Document]
+    files: list[str]
+    left_out: Mapping[str, str]
+
+
+def pipeline_document(path: Path) -> PipelineDocument:
+    """What a verified pipeline bundle holds."""
+    whole = load_pipeline(path)
+    return {
+        "pipeline": whole.name,
+        "class_name": whole.class_name,
+        "source": whole.manifest["source"],
+        "components": {name: bundle_document(path / name) for name in whole.components},
+        "files": list(whole.manifest["files"]),
+        "left_out": whole.manifest["left_out"],
+    }
+
+
+def pipeline_tables(document: PipelineDocument) -> list[Part]:
+    """The document for people: a row for each component, whose layers `inspect BUNDLE/COMPONENT` shows."""
+    rows = []
+    for name, part in document["components"].items():
+        formats = ", ".join(part["counts"]["formats"]) or "none"
+        counts, sizes = part["counts"], part["bytes"]
+        megabytes = f"{sizes['all_files'] / 1e6:.1f}"
+        rows.append((name, part["engine"], formats, counts["quantized"], counts["kept"], megabytes))
+    header = ("component", "recipe", "weight x act", "quantized", "kept", "MB in all files")
+    left_out = [Table(("left out", "because"), list(document["left_out"].items()))] if document["left_out"] else []
+    title = f"{document['pipeline']}: {document['class_name']} of {document['source']['path']}"
+    return [title, Table(header, rows), *left_out, "and " + ", ".join(document["files"])]
 
 
 def recipe_document(recipe: Recipe) -> Document:
@@ -197,6 +236,10 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with the table, or with --json the document."""
     if (args.bundle is None) == (args.engine is None):
         raise RecipeError("inspect takes either a bundle folder or --engine NAME; see --help")
+    if args.bundle and is_pipeline(args.bundle):
+        whole = pipeline_document(args.bundle)
+        answer.document(whole, *pipeline_tables(whole))
+        return 0
     document = bundle_document(args.bundle) if args.bundle else recipe_document(resolve(args))
     answer.document(document, *tables(document))
     return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pipeline import __main__ as cli
 from pipeline import load
 from pipeline.bundle.pipeline_bundle import load_pipeline
 from pipeline.generate import latent_model
+from pipeline.parts import read_folder
 from pipeline.verify import pipeline_gates
 from tests.support import pipelines
 from tests.support.quick_build import measure_little
@@ -76,7 +79,8 @@ def test_a_component_is_replaced_and_the_others_stay(bundle: Path, folder: Path,
     output = tmp_path / "engine"
     shutil.copytree(bundle, output)
     before = load_pipeline(output).manifest["components"]
-    assert build(folder, output, "--component", "text_encoder", "--set", "components.text_encoder.formats.weight=INT8") == 0
+    setting = "components.text_encoder.formats.weight=INT8"
+    assert build(folder, output, "--component", "text_encoder", "--set", setting) == 0
     whole = load_pipeline(output)
     assert {layer["weight_format"] for layer in whole.components["text_encoder"].manifest["layers"]} == {"INT8"}
     after = whole.manifest["components"]
@@ -111,39 +115,52 @@ def test_finished_components_outlive_one_that_fails(
     assert sorted(load_pipeline(output).components) == COMPONENTS and not (tmp_path / "engine.partial").exists()
 
 
-# What lies between components, spoilt: each in a way that a component's own gates cannot see.
-FAULTS = {
-    "a mask of ones": (
-        "_encode", lambda right: lambda self, *rest: {k: np.ones_like(v) if "mask" in k else v
-                                                      for k, v in right(self, *rest).items()},
-    ),
-    "a scaling factor forgotten": ("_decode", lambda right: lambda self, x, **rest: right(self, x * np.float32(0.9), **rest)),
-    "another size told": (
-        "_condition", lambda right: lambda self, *rest: {k: v * 2 if k == "resolution" else v
-                                                         for k, v in right(self, *rest).items()},
-    ),
-}  # fmt: skip
+def _no_mask(right: Any) -> Any:
+    """Padding is seen."""
+    return lambda self, *rest: {
+        name: np.ones_like(value) if "mask" in name else value for name, value in right(self, *rest).items()
+    }
+
+
+def _other_scale(right: Any) -> Any:
+    """Latents are decoded by another scaling factor."""
+    return lambda self, latents, **rest: right(self, latents * np.float32(0.9), **rest)
+
+
+def _other_guidance(right: Any) -> Any:
+    """Guidance is not the caller's."""
+    return lambda self, batches, n_steps, scale, *rest: right(self, batches, n_steps, 2.0, *rest)
+
+
+# What lies between components, spoilt in ways that a component's own gates cannot see.
+FAULTS = {"_encode": _no_mask, "_decode": _other_scale, "start": _other_guidance}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_between_components_fails_the_picture(
     fault: str, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.parts import read_folder
-
     whole = load_pipeline(bundle)
     recipe = whole.components["transformer"].recipe
-    name, spoil = FAULTS[fault]
-    monkeypatch.setattr(latent_model.LatentModel, name, spoil(getattr(latent_model.LatentModel, name)))
-    report = pipeline_gates.pipeline_report(whole, read_folder(_of(recipe, folder)))
+    monkeypatch.setattr(latent_model.LatentModel, fault, FAULTS[fault](getattr(latent_model.LatentModel, fault)))
+    report = pipeline_gates.pipeline_report(whole, read_folder(replace(recipe, model=str(folder))))
     failed = {gate.name for gate in report.failures()}
     assert failed == {"picture_psnr_db"}, report.sentence()
 
 
-def _of(recipe: object, folder: Path) -> object:
-    from dataclasses import replace
+def test_it_is_verified_again_whole(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(bundle)]) == 0
+    answer = capsys.readouterr().out
+    assert all(f"ok    {name}" in answer for name in ("picture_psnr_db", "text_encoder/cpu/gemm_exact"))
+    assert all(f"ok    {name}/cpu/finite" in answer for name in COMPONENTS)
 
-    return replace(recipe, model=str(folder))  # type: ignore[type-var]
+
+def test_inspect_shows_its_components(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(bundle)]) == 0
+    answer = capsys.readouterr().out
+    assert all(name in answer for name in (*COMPONENTS, "PixArtAlphaPipeline", "tokenizer/tokenizer.json"))
+    assert cli.main(["inspect", str(bundle), "--json"]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)["components"]) == COMPONENTS
 
 
 def test_damage_in_a_component_is_found_before_anything_runs(bundle: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,12 @@ from pipeline.backends import BACKENDS, PORTABLE, opened
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.metadata_file import LoweredHashes
 from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
+from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import describe
-from pipeline.files import MANIFEST_FILE, refuse_in_bundle, refuse_unwritable, tree
+from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, refuse_in_bundle, refuse_unwritable, tree
+from pipeline.parts import read_folder
 from pipeline.recipe import ModelFlags, load_float_model, with_model
 from pipeline.signals import leave
 from pipeline.verify.report import Report
@@ -72,6 +75,27 @@ def verify_bundle(
             report, _ = timed(
                 "gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir, threads)
             )
+    return report
+
+
+def verify_pipeline(
+    path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
+) -> Report:
+    """Verify a pipeline bundle: its own gates, and every component as `verify_bundle` does, whose report goes into a
+    folder of its name in `report_dir` and whose gates have that name in front. flags: another folder of the pipeline
+    than it was built from, and the variant of its weights."""
+    machine.require_compiler("verifying a bundle")
+    from pipeline.verify.pipeline_gates import pipeline_report
+
+    whole, _ = timed("files", lambda: load_pipeline(path, threads))
+    recipe = with_model(recipes.from_dict(whole.manifest["recipe"], str(path / PIPELINE_FILE)), *flags)
+    folder = read_folder(recipe)
+    report, _ = timed("pipeline", lambda: pipeline_report(whole, folder))
+    for name in whole.components:
+        part = folder.part(name).recipe
+        of_part = (part.model, part.model_variant, None)
+        component = verify_bundle(path / name, report_dir / name, of_part, threads)
+        report.gates += [replace(gate, name=f"{name}/{gate.name}") for gate in component.gates]
     return report
 
 
@@ -140,7 +164,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         refuse_in_bundle([args.output_dir], args.output_dir, "--output-dir")
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         flags = (args.model, args.variant, args.config)
-        report = verify_bundle(args.bundle, args.output_dir or Path(folder), flags, args.threads)
+        verify = verify_pipeline if is_pipeline(args.bundle) else verify_bundle
+        report = verify(args.bundle, args.output_dir or Path(folder), flags, args.threads)
     for gate in report.gates:
         row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
         answer.event(event="gate", **row)

@@ -42,9 +42,7 @@ def seal(folder: Path, **changes: object) -> None:
         "components": {
             name: {"engine": "small", "sha256": sha256(folder / name / MANIFEST_FILE)} for name in COMPONENTS
         },
-        "files": {
-            name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names
-        },
+        "files": {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names},
         "left_out": {},
         "recipe": {},
         "source": {"path": "here", "revision": ""},
