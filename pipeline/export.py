@@ -44,7 +44,9 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     from export.models.load import load
     from export.to_onnx import export_portable
 
-    layers, model = checkpoint.load(args.checkpoint), load(str(args.checkpoint / KEPT), kept_only=True)
+    layers = checkpoint.load(args.checkpoint)
+    names = {layer.name for layer in layers}
+    model = load(str(args.checkpoint / KEPT), kept_only=True, keep=lambda path: path not in names)
     destination = args.output_dir.absolute()
     partial, aside = (destination.with_name(f"{destination.name}.{end}") for end in ("partial", "replaced"))
     remove(partial)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -17,7 +18,7 @@ from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
 from export.formats.attention import AttentionFormats
 from export.formats.format import get_format
-from export.models.families import LAYER_KINDS, Half
+from export.models.families import KEPT_BY_RECIPE, LAYER_KINDS, Half
 from export.names import check_name
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Options, OptionsT
@@ -50,6 +51,15 @@ def _check_bounds(table: str, options: object, bounds: Mapping[str, tuple[int, i
         value = getattr(options, name)
         _check(value >= least, f"{table}.{name} {value} must not be below {least}; use {least} to {most}")
         _check(value <= most, f"{table}.{name} {value}; use at most {most}")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(
+            f"keep: {pattern!r} is no regular expression ({error}); give one such as 'transformer_blocks.0.*'"
+        ) from error
 
 
 def _check_seed(table: str, seed: int) -> None:
@@ -205,6 +215,8 @@ class Recipe:
     targets: options by the target's name; those of targets
     that are not named are the defaults. In TOML each is a table of the target's name.
 
+    keep: regular expressions of the paths of linears that are not quantized, beside those that the family keeps.
+
     components: for the parts of a pipeline beside its denoiser, such as "text_encoder", tables of their own: `recipe`,
     the name of the recipe that the part begins with, and keys as here that differ from it (`component_recipe`).
     """
@@ -223,6 +235,7 @@ class Recipe:
     budgets: Budgets = Budgets()
     targets: Mapping[str, Options] = field(default_factory=dict)
     components: Components = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name, Path("recipe"), RecipeError)
@@ -238,6 +251,8 @@ class Recipe:
         for name, options in self.targets.items():
             _check(type(options) is type(defaults.get(name)), f"recipe {self.name}: {name} has no options {options!r}")
         object.__setattr__(self, "targets", defaults | dict(self.targets))
+        for pattern in self.keep:
+            _check_pattern(pattern)
         for name, table in self.components.items():
             if BASE in table:
                 component_recipe(self, name, "", self.model)  # refuses keys and values that no recipe has
@@ -256,6 +271,10 @@ class Recipe:
         tables: dict[str, dict[str, object]] = common.pop("targets")
         if not self.components:
             del common["components"]
+        if self.keep:
+            common["keep"] = list(self.keep)
+        else:
+            del common["keep"]
         if self.half is None:  # which TOML does not know
             del common["half"]
         return common | {name: table for name, table in tables.items() if table}
@@ -314,6 +333,11 @@ TYPES: dict[object, tuple[str, Callable[[Any], bool], Callable[[Any], object]]] 
         "a table of numbers, texts and truth values",
         lambda value: type(value) is dict and all(type(v) in (int, float, str, bool) for v in value.values()),
         dict,
+    ),
+    tuple[str, ...]: (
+        "a list of texts",
+        lambda value: type(value) in (list, tuple) and all(type(v) is str for v in value),
+        tuple,
     ),
     tuple: (
         "a list of integers",
@@ -481,7 +505,17 @@ def _absolute(source: str) -> str:
 
 
 def load_float_model(recipe: Recipe) -> LoadedModel:
-    """The float model that the recipe names."""
+    """The float model that the recipe names. Raises RecipeError for a pattern of `keep` that no linear has."""
     from export.models.load import load
 
-    return load(recipe.model, variant=recipe.model_variant, config=recipe.model_config, half=recipe.half)
+    keep = (lambda path: any(re.fullmatch(pattern, path) for pattern in recipe.keep)) if recipe.keep else None
+    model = load(recipe.model, False, recipe.model_variant, recipe.model_config, recipe.half, keep)
+    for pattern in recipe.keep:
+        if not any(re.fullmatch(pattern, path) for path, reason in model.kept() if reason == KEPT_BY_RECIPE):
+            paths = ", ".join([ref.name for ref in model.linears()][:3])
+            raise RecipeError(
+                f"keep: no linear that would be quantized is called {pattern!r}; they are called as {paths}"
+            )
+    if not model.linears() and model.family.quantizes:
+        raise RecipeError(f"keep = {list(recipe.keep)} leaves nothing to quantize; keep fewer")
+    return model

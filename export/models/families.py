@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +31,7 @@ SIDES = ("height", "width")
 # Inputs that change from step to step; all others are the condition.
 STEP_INPUTS = frozenset({"hidden_states", "timestep"})
 DENOISER, TEXT_ENCODER = "denoiser", "text encoder"
+KEPT_BY_RECIPE = "the recipe keeps it"
 # Of an autoencoder: latents to pictures, or pictures to latents.
 Half = Literal["decoder", "encoder"]
 FILLS = ("normal", "timestep", "mask", "aspect", "class", "ids", "zeros", "rotary_cos", "rotary_sin", "image_size")
@@ -98,6 +99,8 @@ class Family:
     output: name of the one output. counted: the mask input that says which rows of the output [batch, tokens, C] are of
     a prompt; those of padding are nobody's. None: all count.
 
+    held: whether the linear at a path is kept though the family quantizes it, as the recipe of one build may say.
+
     half: of an autoencoder, which is called once for a picture, and of which no layer is quantized; its class has a row
     for each. absent: attributes of the class's module that the family does without, and with them their tensors.
     """
@@ -121,6 +124,7 @@ class Family:
     output: str = "sample"
     counted: str | None = None
     half: Half | None = None
+    held: Callable[[str], bool] = lambda path: False
     absent: tuple[str, ...] = ()
 
     @property
@@ -137,10 +141,14 @@ class Family:
 
     def kind_of(self, path: str) -> str | None:
         """Layer kind of a linear to quantize; None if it is kept."""
+        if self.held(path):
+            return None
         return next((kind for pattern, kind in self.quantized if re.fullmatch(pattern, path)), None)
 
     def reason_of(self, path: str) -> str:
         """Why the layer at `path` is kept."""
+        if self.held(path) and replace(self, held=Family.held).kind_of(path):
+            return KEPT_BY_RECIPE
         known = (reason for pattern, reason in self.kept if re.fullmatch(pattern, path))
         return next(known, "not one of the linears that this family quantizes")
 

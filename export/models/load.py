@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +109,12 @@ def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def load(
-    source: str, kept_only: bool = False, variant: str = "", config: str = "", half: Half | None = None
+    source: str,
+    kept_only: bool = False,
+    variant: str = "",
+    config: str = "",
+    half: Half | None = None,
+    keep: Callable[[str], bool] | None = None,
 ) -> LoadedModel:
     """Load a denoiser from a diffusers folder (a transformer or a pipeline) or a .safetensors file, `zoo:NAME`, or a
     hub id (OWNER/NAME or OWNER/NAME@REVISION) in the cache.
@@ -117,6 +122,7 @@ def load(
     variant: which of a folder's weights, as in diffusers ("fp16", "ema"), "" for the plain ones, or the only ones.
     config: the model's config.json, a folder that has it, `zoo:NAME` or a hub id; "" for the one beside the weights.
     half: which of an autoencoder, whose folder may be a pipeline's as well; None for other models.
+    keep: whether the linear at a path stays as it is, beside those that the family keeps; None: no other does.
     kept_only: the folder is one of `save_kept`; the linears to quantize are NaN: the model can be exported, not run.
     Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
     has not been downloaded.
@@ -127,13 +133,14 @@ def load(
     config_path, remedy = _config_file(config, folder, part)
     values = _read_config(config_path, remedy)
     family, notes = _family_of(values, config_path, half)
+    family = family if keep is None else replace(family, held=keep)
     files = _weights(root, folder, variant)
     files.refuse_damaged()
     if not kept_only:
         _refuse_too_few_bytes(least_parameters(values), files, config_path)
     values = _completed(values, family, config_path)
     module = _build(family, values, config_path, None if kept_only else files)
-    if family.quantizes and not any(family.kind_of(path) for path, _ in _linears(module)):
+    if family.quantizes and not any(replace(family, held=Family.held).kind_of(path) for path, _ in _linears(module)):
         raise ModelError(
             f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
         )

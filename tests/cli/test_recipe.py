@@ -69,6 +69,8 @@ OTHER = {
     "cuda.weights": "packed",
     "cuda.operands": "int8",
     "cuda.activations": "fp32",
+    "keep": ("transformer_blocks.0.*",),
+    "components": {"text_encoder": {"recipe": "t5_w4a8", "formats": {"weight": "INT8"}}},
 }
 ONLY_ONE = {
     "calibrate.method",
@@ -152,6 +154,10 @@ BAD_VALUES = [
     ("name", ""),
     ("model", ""),
     ("half", "both"),
+    ("keep", ["("]),
+    ("components", {"text_encoder": {"recipe": "none"}}),
+    ("components", {"text_encoder": {"recipe": "t5_w4a8", "formats": {"weight": "E9M9"}}}),
+    ("components", {"text_encoder": {"recipe": "t5_w4a8", "components": {}}}),
     ("formats.weight", "E9M9"),
     ("formats.activation", "FP6"),
     ("formats.weight_of", {"ff.in": "E9M9"}),
@@ -221,6 +227,9 @@ SETTINGS = [
     ('formats.weight_of."ff.in"=E3M0', "formats.weight_of", {"ff.in": "E3M0"}),
     ('formats.weight_of={"ff.in" = "E3M0"}', "formats.weight_of", {"ff.in": "E3M0"}),
     ("formats.weight_of={}", "formats.weight_of", {}),
+    ('keep=["a.*"]', "keep", ("a.*",)),
+    ("components.vae_decoder.recipe=vae_decoder", "components", {"vae_decoder": {"recipe": "vae_decoder"}}),
+    ("components.t.formats.weight=INT8", "components", {"t": {"formats": {"weight": "INT8"}}}),
     ("description=a = b", "description", "a = b"),
 ]
 
