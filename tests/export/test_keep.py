@@ -29,7 +29,7 @@ def test_a_kept_linear_is_not_quantized_and_says_who_keeps_it() -> None:
 
 @pytest.mark.parametrize("pattern", [r"transformer_blocks\.99\..*", "proj_out"])
 def test_a_pattern_that_keeps_nothing_is_refused(pattern: str) -> None:
-    with pytest.raises(RecipeError, match="keep: no linear that would be quantized is called .*transformer_blocks"):
+    with pytest.raises(RecipeError, match=r"keep: no linear that would be quantized is called .*transformer_blocks"):
         recipes.load_float_model(keeping(pattern))
 
 
