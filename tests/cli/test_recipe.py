@@ -117,7 +117,8 @@ def test_every_key_is_read():
         assert look_up(BASE, key) != other, key
         recipe = from_dict(document_with(key, other), "file")
         assert look_up(recipe, key) == other, key
-        assert from_dict(document_with(key, look_up(BASE, key)), "file") == BASE, key
+        if look_up(BASE, key) is not None:  # which TOML does not know
+            assert from_dict(document_with(key, look_up(BASE, key)), "file") == BASE, key
 
 
 @pytest.mark.parametrize(("key", "today"), [("cpu.path", "fused"), ("rtx.path", "tensorrt")])
