@@ -14,9 +14,7 @@ BASE_PIXELS = 512
 LONGEST = 10000.0
 
 
-def rotary_tables(
-    head_dim: int, grid: tuple[int, int], base: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rotary_tables(head_dim: int, grid: tuple[int, int], base: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines [patches, head_dim] of the patches of a picture, row by row.
 
     grid: its height and width in patches; base: patches a side of a picture of BASE_PIXELS, into which the grid is

@@ -44,9 +44,9 @@ class DrawRequest:
     """What to draw: `num_images` pictures of every prompt, with the seeds `seed`, `seed` + 1, ...
 
     negative_prompts: one for each prompt, None for the empty one; () for empty ones alone. n_steps and guidance_scale
-    None stand for the model's own. images: of image-to-image, one for each prompt or one for all; strength: the share of
-    steps that they are changed by. noise: one for each picture, or () for that of the seeds. Both as of Picture. Raises
-    RecipeError for what no engine can draw.
+    None stand for the model's own. images: of image-to-image, one for each prompt or one for all; strength: the share
+    of steps that they are changed by. noise: one for each picture, or () for that of the seeds. Both as of Picture.
+    Raises RecipeError for what no engine can draw.
     """
 
     prompts: tuple[str, ...]
@@ -120,9 +120,9 @@ def _as_it_is(latents: FloatArray) -> FloatArray:
 class Drawing:
     """A batch of pictures on its way from noise; each `step` is one call of the denoiser.
 
-    pictures: what is drawn, row by row. decode: what the sampler works on, [B, C, h, w] -> pictures [B, C, H, W] from -1
-    to 1; look: the same, roughly and at once, of what is not done yet. seconds: what each part of the model has taken
-    for these pictures, by its name.
+    pictures: what is drawn, row by row. decode: what the sampler works on, [B, C, h, w] -> pictures [B, C, H, W] from
+    -1 to 1; look: the same, roughly and at once, of what is not done yet. seconds: what each part of the model has
+    taken for these pictures, by its name.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from importlib import resources
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from export.models.families import FAMILIES, Config, Input, shared_names
 from pipeline.backends.base import Arrays
 from pipeline.generate.components import Components, PipelineSource, timed
 from pipeline.generate.draw import Drawing, DrawRequest, Picture, first_noise
+from pipeline.generate.latent_preview import LatentPreview
 from pipeline.generate.pipeline_classes import (
     DECODER,
     ENCODER,
@@ -32,6 +34,9 @@ from pipeline.generate.tokenizer import PromptTokenizer
 
 # Prompts that a text encoder is called with at a time.
 ENCODED_AT_ONCE = 8
+# Prompts that people are shown.
+EXAMPLES = 6
+CAPTIONS = "captions.txt"
 
 
 class ScheduledSteps:
@@ -81,7 +86,7 @@ class LatentModel:
         own = self.config["sample_size"] * self.scale
         self.height, self.width = source.height or own, source.width or own
         self.classes = class_names(source.index)
-        self.examples = tuple(list(self.classes)[:8])
+        self.examples = tuple(list(self.classes)[:EXAMPLES]) or _captions(EXAMPLES)
         self.tokenizers = {
             row.component: PromptTokenizer.load(source.tokenizers[row.tokenizer], row.tokens)
             for row in self.row.encoders
@@ -89,6 +94,7 @@ class LatentModel:
         self.scheduler = read_scheduler_config(source.scheduler)
         self._refuse_scheduler(source)
         self.components = Components(source.engines, keep_loaded)
+        self.preview = LatentPreview(self.config["in_channels"], self.scale)
         self.can_encode = ENCODER in source.engines
 
     def _refuse_scheduler(self, source: PipelineSource) -> None:
@@ -155,7 +161,8 @@ class LatentModel:
             trajectory = Trajectory(
                 run, (prompted, plain), begin, steps, scale if guided else 1.0, self.shared, first=steps.scheduler.first
             )
-            drawings.append(Drawing(batch, trajectory, seconds, partial(self._decode, seconds=seconds)))
+            decode, look = partial(self._decode, seconds=seconds), partial(self._look, seconds=seconds)
+            drawings.append(Drawing(batch, trajectory, seconds, decode, look))
             seconds = {}
         return drawings
 
@@ -167,7 +174,7 @@ class LatentModel:
         """As of PictureModel."""
         self.components.close()
 
-    # --- one after the other -------------------------------------------------------------------------------------------
+    # --- one after the other -----------------------------------------------------------------------------------------
 
     def _scheduler(self, n_steps: int | None, strength: float) -> Scheduler:
         return self.scheduler.scheduler(SchedulerOptions(self.n_steps if n_steps is None else n_steps, strength))
@@ -213,7 +220,13 @@ class LatentModel:
         run = timed(partial(self.components.run, DECODER), DECODER, seconds)
         shift, factor = _shift_and_factor(self.vae)
         scaled = latents / factor + shift
-        return np.concatenate([run({"latents": one[None]})["sample"] for one in scaled])
+        pictures = np.concatenate([run({"latents": one[None]})["sample"] for one in scaled])
+        self.preview.learn(latents, pictures)
+        return pictures
+
+    def _look(self, latents: FloatArray, seconds: dict[str, float]) -> FloatArray:
+        """The same, roughly and at once; the first ones of all are decoded, for the others to be learned from."""
+        return self.preview(latents) if self.preview.is_ready else self._decode(latents, seconds)
 
 
 def _shift_and_factor(vae: Config) -> tuple[np.float32, np.float32]:
@@ -224,6 +237,12 @@ def _shift_and_factor(vae: Config) -> tuple[np.float32, np.float32]:
 def pixels_per_cell(vae: Config) -> int:
     """Pixels of a latent's side, by the autoencoder's configuration: each level but the last halves."""
     return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def _captions(count: int) -> tuple[str, ...]:
+    """Of everyday pictures."""
+    lines = (resources.files("pipeline.generate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
+    return tuple(lines[:count])
 
 
 def _denoiser_inputs(class_name: str, source: PipelineSource) -> tuple[Input, ...]:

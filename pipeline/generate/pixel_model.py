@@ -29,8 +29,8 @@ class PixelModel:
         """Raises RecipeError for a model of latents, and what `Bundle.engine` raises."""
         if not makes_pixels(bundle):
             raise RecipeError(
-                f"{bundle.path}: its model needs the text encoder and VAE of its diffusers pipeline to draw; build that "
-                "whole, or set that pipeline's transformer to load(BUNDLE).as_diffusers()"
+                f"{bundle.path}: its model needs the text encoder and VAE of its diffusers pipeline to draw; build "
+                "that whole, or set that pipeline's transformer to load(BUNDLE).as_diffusers()"
             )
         self.name = bundle.name
         with bundle.generation() as generation:

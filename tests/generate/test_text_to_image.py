@@ -13,11 +13,10 @@ import pytest
 
 import ditc
 from export.errors import ContractError, RecipeError
-from pipeline.generate.__main__ import draw
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Picture
 from pipeline.generate.pixel_model import PixelModel
 from pipeline.text_to_image import Pipeline
-from tests.generate.test_generate import GENERATION, LevelEngine, make_bundle
+from tests.generate.test_generate import GENERATION, LevelEngine, draw, make_bundle
 
 
 @pytest.fixture
