@@ -46,9 +46,16 @@ def open_pixels(bundle: Bundle, prompts: Sequence[str], target: str = "auto") ->
 
 def draw(pipeline: Pipeline, request: DrawRequest) -> tuple[Pictures, dict[str, float]]:
     """Pictures [prompts * num_images, H, W, 1 or 3] uint8, and the seconds that each part of the model took."""
+    pipeline.check(request)
     batches = math.ceil(len(request.pictures) / BATCH_SIZE)
+    calls = batches * pipeline.model.calls(request.n_steps, request.strength if request.images else 1.0)
+    steps = track(range(calls), calls, "draw")
+
+    def count(*_: object) -> None:
+        next(steps)
+
     drawn, seconds = [], defaultdict[str, float](float)
-    for drawing in track(pipeline.drawings(request), batches, "draw"):
+    for drawing in pipeline.drawings(request, count):
         drawn.append(drawing.result())
         for name, taken in drawing.seconds.items():
             seconds[name] += taken

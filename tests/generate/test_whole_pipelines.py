@@ -195,6 +195,7 @@ def test_strength_is_a_share_of_the_steps(pipeline: Pipeline, log: Log) -> None:
         ({"strength": 0.5}, "strength 0.5 without an image"),
         ({"latents": np.zeros((1, 4, 8, 8))}, "latents of (4, 8, 8) for a picture; this model draws from (4, 4, 4)"),
         ({"latents": np.zeros((2, 4, 4, 4))}, "latents of 2 pictures for 1"),
+        ({"guidance_scale": 0.5, "negative_prompt": "a ring"}, "no effect at a guidance scale of 0.5"),
         ({"height": 512}, "height x width 512 x 8; the engine draws 8 x 8"),
         ({"prompt": []}, "no prompt was given"),
         ({"prompt": None}, "no prompt was given"),
@@ -283,7 +284,9 @@ def test_pipelines_that_cannot_draw_are_refused(tmp_path: Path, log: Log) -> Non
     cases: dict[str, Any] = {
         "pipeline 'FluxPipeline' is not supported; use one of PixArtAlphaPipeline": {"class_name": "FluxPipeline"},
         "draws with vae_decoder, which it does not have": {"engines": without},
-        "lacks 'cross_attention_dim'": {"transformer": {"in_channels": 4}},
+        "draws with tokenizer, which it does not have": {"tokenizers": {}},
+        "configurations lack 'cross_attention_dim'": {"transformer": {"in_channels": 4}},
+        "configurations lack 'scaling_factor'": {"vae": {"block_out_channels": [8]}},
     }
     for words, changes in cases.items():
         with pytest.raises((ModelError, ContractError), match=re.escape(words)):
