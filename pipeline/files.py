@@ -31,7 +31,13 @@ OUT_OF_MEMORY = (
     "failed to allocate memory",
     "can't start new thread",
 )
-MANIFEST_FILE = "manifest.json"  # makes a folder a bundle, in which nothing else may be written
+# Either makes a folder a bundle, in which nothing else may be written: of one model, and of a pipeline's components.
+MANIFEST_FILE, PIPELINE_FILE = "manifest.json", "pipeline.json"
+
+
+def is_bundle(folder: Path) -> bool:
+    """Is the folder sealed as a bundle, whole or not?"""
+    return any((folder / name).is_file() for name in (MANIFEST_FILE, PIPELINE_FILE))
 
 
 def is_out_of_disk(error: BaseException) -> bool:
@@ -120,7 +126,7 @@ def refuse_unwritable(path: Path, is_folder: bool, flag: str) -> None:
 
 def refuse_in_bundle(folders: Iterable[Path], path: Path, flag: str) -> None:
     """Raise RecipeError if one of `folders` is a bundle, which a file at `path` would damage: it is sealed."""
-    if bundle := next((folder for folder in folders if (folder / MANIFEST_FILE).is_file()), None):
+    if bundle := next((folder for folder in folders if is_bundle(folder)), None):
         raise RecipeError(f"{path} is in the bundle {bundle}, which a new file would damage; choose another {flag}")
 
 

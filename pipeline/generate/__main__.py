@@ -19,9 +19,10 @@ import numpy as np
 from export.documents import open_file
 from export.errors import RecipeError
 from pipeline.command import Answer, Parser, add_threads, parser, run
-from pipeline.files import MANIFEST_FILE, refuse_unwritable
+from pipeline.files import PIPELINE_FILE, refuse_unwritable
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
 from pipeline.generate.pixel_model import PixelModel, makes_pixels
+from pipeline.generate.sampling import FloatArray
 from pipeline.progress import track
 from pipeline.signals import leave
 from pipeline.text_to_image import STRENGTH, Pipeline, as_image
@@ -155,7 +156,7 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
     """The bundle's name, the pictures, the seconds that each part took, and what was asked for."""
     from pipeline import load
 
-    whole = args.bundle.is_dir() and not (args.bundle / MANIFEST_FILE).is_file()
+    whole = (args.bundle / PIPELINE_FILE).is_file()
     bundle = None if whole else load(args.bundle, args.threads)
     if bundle is not None:
         bundle.refuse_text_encoder()
@@ -179,7 +180,7 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
 
 def _request(args: argparse.Namespace, pipeline: Pipeline | None) -> DrawRequest:
     """What the flags ask of `pipeline`, None for one of diffusers."""
-    images = ()
+    images: tuple[FloatArray, ...] = ()
     if args.image is not None and pipeline is not None:
         from PIL import Image, UnidentifiedImageError
 

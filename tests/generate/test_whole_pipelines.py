@@ -163,8 +163,10 @@ def picture(height: int = 8, width: int = 8) -> Any:
 
 
 def test_little_strength_leaves_the_picture(tmp_path: Path, log: Log) -> None:
-    """The first of 1000 timesteps has next to no noise: sqrt(1e-4) of it, in latents whose colours are all below 1."""
-    pipeline = Pipeline(LatentModel(make_source(tmp_path, log)))
+    """The first of 1000 timesteps has next to no noise, sqrt(1e-4) of it, and this model takes none of that off."""
+    source = make_source(tmp_path, log)
+    idle = log.loader("transformer", lambda inputs: {"sample": inputs["hidden_states"] * np.float32(0)})
+    pipeline = Pipeline(LatentModel(replace(source, engines={**source.engines, "transformer": idle})))
     for kind in (picture(), Image.fromarray(np.rint(picture() * 255).astype(np.uint8))):
         output = pipeline("a cat", image=kind, strength=0.001, num_inference_steps=1000, output_type="np")
         assert len(log.last("transformer").calls) == 1 and log.names[-4:] == ["vae_encoder", *PARTS]
@@ -314,11 +316,12 @@ def test_a_pipeline_without_an_encoder_says_so(tmp_path: Path, log: Log) -> None
 
 
 def test_generate_draws_and_tells_the_seconds_of_each_part(
-    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Pipeline, "load", lambda *_: pipeline)
+    monkeypatch.setattr(Pipeline, "load", lambda *_: Pipeline(LatentModel(make_source(tmp_path, log))))
     whole, start = tmp_path / "whole", tmp_path / "start.png"
     whole.mkdir()
+    (whole / "pipeline.json").write_text("{}")
     Image.fromarray(np.rint(picture() * 255).astype(np.uint8)).save(start)
     flags = [str(whole), "--prompt", "a cat", "--prompt", "a ring", "--n-steps", "4", "-o", str(tmp_path / "out.png")]
     assert (
@@ -335,7 +338,8 @@ def test_generate_draws_and_tells_the_seconds_of_each_part(
     for more, words in (
         (["--strength", "0.5"], "without --image"),
         (["--image", str(tmp_path / "none.png")], "none.png is missing"),
-        (["--image", str(whole / "tokenizer.json"), "--pipeline", "x"], "draws by itself"),
+        (["--image", str(whole / "pipeline.json")], "pipeline.json cannot be read"),
+        (["--pipeline", "x"], "draws by itself"),
     ):
         assert generate.main([*flags, *more]) == 2
         assert words in capsys.readouterr().err
