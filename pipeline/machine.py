@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 PROGRAM = "ditc"
 # Modules whose versions may change a result.
 TOOLS = (
-    "numpy", "torch", "diffusers", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime",
-    "tensorrt_rtx", "tensorrt", "triton",
+    "numpy", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "onnx", "onnx_ir", "onnxscript",
+    "onnxruntime", "tensorrt_rtx", "tensorrt", "triton",
 )  # fmt: skip
 # What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
 COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")

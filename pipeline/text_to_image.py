@@ -61,8 +61,8 @@ class PipelineOutput:
 class Pipeline:
     """A model that draws, with its engines. May be called from any number of threads.
 
-    name, height, width: of the bundle, and of its pictures in pixels; n_steps, guidance_scale: the model's own; examples:
-    prompts that it knows.
+    name, height, width: of the bundle, and of its pictures in pixels; n_steps, guidance_scale: the model's own;
+    examples: prompts that it knows.
 
     with Pipeline.load("engines/pixart_w4a6") as pipeline:
         pipeline("a red circle on white", seed=3).images[0].save("out.png")
@@ -81,8 +81,8 @@ class Pipeline:
     ) -> Pipeline:
         """The pipeline of a bundle folder, whose files are verified; target and threads as `generate` takes them.
 
-        keep_loaded: of a whole pipeline, keep all of its parts in memory; else each is loaded when it is needed, and let
-        go before the next one is.
+        keep_loaded: of a whole pipeline, keep all of its parts in memory; else each is loaded when it is needed, and
+        let go before the next one is.
         """
         if not is_pipeline(Path(path)):
             bundle = load(path, threads)
@@ -116,8 +116,8 @@ class Pipeline:
         begin with, [B, C, h, w], in the place of the seeds'. image: what to begin with, one picture or one for each
         prompt (PIL, or [H, W, C] uint8 or floats from 0 to 1), of which the share `strength` of the steps is done
         (default: 0.8). The callback sees every step of every batch of up to BATCH_SIZE pictures; it may look at
-        `drawing.previews()`, and end the drawing by `drawing.interrupt()`. Raises RecipeError for what the engine cannot
-        draw, and ContractError where it is broken.
+        `drawing.previews()`, and end the drawing by `drawing.interrupt()`. Raises RecipeError for what the engine
+        cannot draw, and ContractError where it is broken.
         """
         self._refuse(height, width, output_type, unknown)
         prompts = _prompts(prompt, class_labels)
@@ -133,7 +133,7 @@ class Pipeline:
             num_inference_steps,
             guidance_scale,
             negative,
-            self._images(image),
+            self.input_images(image),
             STRENGTH if strength is None else strength,
             () if latents is None else tuple(np.asarray(latents, np.float32)),
         )
@@ -165,8 +165,8 @@ class Pipeline:
         if output_type not in ("pil", "np", "latent"):
             raise RecipeError(f"output_type {shown(output_type)}; use 'pil', 'np' or 'latent'")
 
-    def _images(self, image: object) -> tuple[FloatArray, ...]:
-        """As of DrawRequest."""
+    def input_images(self, image: object) -> tuple[FloatArray, ...]:
+        """Pictures to begin with as a DrawRequest has them. Raises RecipeError for what this pipeline cannot take."""
         if image is None:
             return ()
         several = image if isinstance(image, list | tuple) else (image,)

@@ -1,7 +1,7 @@
 """`python -m pipeline.generate BUNDLE --prompt "..." -o out.png`: draw with an engine.
 
-A bundle of a pixel model draws by itself, in NumPy and its engine alone. A latent model needs the text encoder and VAE
-of its diffusers pipeline, whose transformer the engine replaces.
+A bundle of a pixel model or of a whole pipeline draws by itself, in NumPy and its engines alone. A latent model by
+itself needs the text encoder and VAE of its diffusers pipeline, whose transformer the engine replaces.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.documents import open_file
 from export.errors import RecipeError
 from pipeline.command import Answer, Parser, add_threads, parser, run
-from pipeline.files import refuse_unwritable
+from pipeline.files import PIPELINE_FILE, refuse_unwritable
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
 from pipeline.generate.pixel_model import PixelModel, makes_pixels
+from pipeline.generate.sampling import FloatArray
 from pipeline.progress import track
 from pipeline.signals import leave
-from pipeline.text_to_image import Pipeline, as_image
+from pipeline.text_to_image import STRENGTH, Pipeline, as_image
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
@@ -35,14 +38,29 @@ GAP = 1  # pixels between the pictures of a sheet
 MOST_SHEET_PIXELS = 2**28
 
 
-def draw(bundle: Bundle, request: DrawRequest, target: str = "auto") -> Pictures:
-    """Pictures [prompts * num_images, H, W, 1 or 3] uint8 of a pixel model."""
+def open_pixels(bundle: Bundle, prompts: Sequence[str], target: str = "auto") -> Pipeline:
+    """A pixel model. Raises RecipeError for prompts that it does not know, before its engine is loaded."""
     with bundle.generation() as generation:
-        generation.encode(list(request.prompts))  # refuse a bad prompt before the engine is loaded
-    with Pipeline(PixelModel(bundle, target)) as pipeline:
-        batches = math.ceil(len(request.pictures) / BATCH_SIZE)
-        drawn = [drawing.result() for drawing in track(pipeline.drawings(request), batches, "draw")]
-    return np.concatenate(drawn)
+        generation.encode(list(prompts))
+    return Pipeline(PixelModel(bundle, target), bundle)
+
+
+def draw(pipeline: Pipeline, request: DrawRequest) -> tuple[Pictures, dict[str, float]]:
+    """Pictures [prompts * num_images, H, W, 1 or 3] uint8, and the seconds that each part of the model took."""
+    pipeline.check(request)
+    batches = math.ceil(len(request.pictures) / BATCH_SIZE)
+    calls = batches * pipeline.model.calls(request.n_steps, request.strength if request.images else 1.0)
+    steps = track(range(calls), calls, "draw")
+
+    def count(*_: object) -> None:
+        next(steps)
+
+    drawn, seconds = [], defaultdict[str, float](float)
+    for drawing in pipeline.drawings(request, count):
+        drawn.append(drawing.result())
+        for name, taken in drawing.seconds.items():
+            seconds[name] += taken
+    return np.concatenate(drawn), dict(seconds)
 
 
 def arrange(pictures: Pictures, columns: int) -> Pictures:
@@ -92,6 +110,10 @@ def make_parser() -> Parser:
     flags.add_argument("bundle", type=Path, help="engine folder written by build")
     flags.add_argument("--prompt", action="append", required=True, help="what to draw; several give a sheet")
     flags.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE.png")
+    flags.add_argument("--negative-prompt", help="what guidance leads away from, of every prompt (default: none)")
+    flags.add_argument("--image", type=Path, metavar="FILE", help="picture to begin with, of the size that is drawn")
+    flags.add_argument("--strength", type=float, help="with --image: the share of the steps that it is changed by, "
+                       f"above 0 and up to 1 (default: {STRENGTH:g})")  # fmt: skip
     flags.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next has seed + 1")
     flags.add_argument("--n-steps", type=int, help="denoising steps (default: the model's)")
     flags.add_argument("--guidance-scale", type=float, help="1 is without guidance (default: the model's)")
@@ -102,41 +124,83 @@ def make_parser() -> Parser:
     flags.add_argument("--scale", type=int, default=0, help=text)
     flags.add_argument("--pipeline", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE, for a "
                       "latent model only (default: the one the engine's model came from)")  # fmt: skip
+    text = "keep all parts of a whole pipeline in memory; else each is let go before the next one is loaded"
+    flags.add_argument("--keep-loaded", action="store_true", help=text)
     add_threads(flags)
     return flags
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Draw and say where the picture is."""
-    from pipeline import load
-
     if args.scale < 0 or args.output.suffix.lower() != ".png":
         raise RecipeError(f"--scale must not be negative, and {args.output} must end in .png")
     refuse_unwritable(args.output, False, "--output")
-    bundle = load(args.bundle, args.threads)
-    bundle.refuse_other_part()
-    request = DrawRequest(tuple(args.prompt), args.seed, args.num_images, args.n_steps, args.guidance_scale)
-    if makes_pixels(bundle):
-        if args.pipeline is not None:
-            raise RecipeError(
-                f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away"
-            )
-        pictures = draw(bundle, request, args.target)
-    else:
-        from pipeline.generate.latent import draw_latent
-
-        pictures = draw_latent(bundle, request, args.pipeline, args.target)
+    if args.strength is not None and args.image is None:
+        raise RecipeError(f"--strength {args.strength:g} without --image; it is of image-to-image alone")
+    name, pictures, seconds, request = _drawn(args)
     scale = args.scale or default_scale(*pictures.shape[1:3])
-    facts = {"engine": bundle.name, "prompts": json.dumps(request.prompts), "seed": request.seed}
+    facts = {"engine": name, "prompts": json.dumps(request.prompts), "seed": request.seed}
     # One row for each prompt; with one picture of each, a sheet that is about square.
     columns = request.num_images if request.num_images > 1 else math.ceil(math.sqrt(len(request.prompts)))
     width, height = save(pictures, args.output, columns, scale, facts)
     text = f"{args.output}: {len(pictures)} picture(s), {width} x {height} pixels"
     text += f", every pixel shown {scale} x {scale} (--scale)" if scale > 1 else ""
-    answer.document(
-        {"event": "result", "path": str(args.output), "width": width, "height": height, "scale": scale}, text
-    )
+    if len(seconds) > 1:
+        text += "".join(f"\n{part}: {taken:.1f} s" for part, taken in seconds.items())
+    result = {"event": "result", "path": str(args.output), "width": width, "height": height, "scale": scale}
+    answer.document(result | {"seconds": seconds}, text)
     return 0
+
+
+def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], DrawRequest]:
+    """The bundle's name, the pictures, the seconds that each part took, and what was asked for."""
+    from pipeline import load
+
+    whole = (args.bundle / PIPELINE_FILE).is_file()
+    bundle = None if whole else load(args.bundle, args.threads)
+    if bundle is not None:
+        bundle.refuse_text_encoder()
+    if bundle is not None and not makes_pixels(bundle):
+        from pipeline.generate.latent import draw_latent
+
+        if args.image is not None:
+            raise RecipeError(f"--image: {args.bundle} is a denoiser alone; build its pipeline whole to draw from one")
+        request = _request(args, None)
+        return bundle.name, draw_latent(bundle, request, args.pipeline, args.target), {}, request
+    if args.pipeline is not None:
+        raise RecipeError(f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away")
+    if bundle is None:
+        opened = Pipeline.load(args.bundle, args.target, args.threads, args.keep_loaded)
+    else:
+        opened = open_pixels(bundle, args.prompt, args.target)
+    with opened as pipeline:
+        request = _request(args, pipeline)
+        return pipeline.name, *draw(pipeline, request), request
+
+
+def _request(args: argparse.Namespace, pipeline: Pipeline | None) -> DrawRequest:
+    """What the flags ask of `pipeline`, None for one of diffusers."""
+    images: tuple[FloatArray, ...] = ()
+    if args.image is not None and pipeline is not None:
+        from PIL import Image, UnidentifiedImageError
+
+        open_file(args.image, RecipeError, "give a picture").close()
+        try:
+            with Image.open(args.image) as image:
+                images = pipeline.input_images(image)
+        except (UnidentifiedImageError, OSError) as error:
+            raise RecipeError(f"--image {args.image} cannot be read ({error}); give a PNG or JPEG file") from error
+    prompts = tuple(args.prompt)
+    return DrawRequest(
+        prompts,
+        args.seed,
+        args.num_images,
+        args.n_steps,
+        args.guidance_scale,
+        () if args.negative_prompt is None else (args.negative_prompt,) * len(prompts),
+        images,
+        STRENGTH if args.strength is None else args.strength,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

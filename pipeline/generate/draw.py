@@ -44,9 +44,9 @@ class DrawRequest:
     """What to draw: `num_images` pictures of every prompt, with the seeds `seed`, `seed` + 1, ...
 
     negative_prompts: one for each prompt, None for the empty one; () for empty ones alone. n_steps and guidance_scale
-    None stand for the model's own. images: of image-to-image, one for each prompt or one for all; strength: the share of
-    steps that they are changed by. noise: one for each picture, or () for that of the seeds. Both as of Picture. Raises
-    RecipeError for what no engine can draw.
+    None stand for the model's own. images: of image-to-image, one for each prompt or one for all; strength: the share
+    of steps that they are changed by. noise: one for each picture, or () for that of the seeds. Both as of Picture.
+    Raises RecipeError for what no engine can draw.
     """
 
     prompts: tuple[str, ...]
@@ -92,6 +92,12 @@ class DrawRequest:
         if scale == 1 and any(self.negative_prompts):
             raise RecipeError("a negative prompt has no effect at a guidance scale of 1; leave one of them away")
 
+    def refuse_noise(self, shape: tuple[int, int, int]) -> None:
+        """Raise RecipeError for noise of another shape than a model draws from."""
+        for own in self.noise:
+            if own.shape != shape:
+                raise RecipeError(f"latents of {own.shape} for a picture; this model draws from {shape}")
+
     @property
     def pictures(self) -> list[Picture]:
         """Every picture, prompt by prompt."""
@@ -120,9 +126,9 @@ def _as_it_is(latents: FloatArray) -> FloatArray:
 class Drawing:
     """A batch of pictures on its way from noise; each `step` is one call of the denoiser.
 
-    pictures: what is drawn, row by row. decode: what the sampler works on, [B, C, h, w] -> pictures [B, C, H, W] from -1
-    to 1; look: the same, roughly and at once, of what is not done yet. seconds: what each part of the model has taken
-    for these pictures, by its name.
+    pictures: what is drawn, row by row. decode: what the sampler works on, [B, C, h, w] -> pictures [B, C, H, W] from
+    -1 to 1; look: the same, roughly and at once, of what is not done yet. seconds: what each part of the model has
+    taken for these pictures, by its name.
     """
 
     def __init__(
@@ -220,15 +226,11 @@ class Drawing:
 
 
 def first_noise(pictures: Sequence[Picture], shape: tuple[int, int, int], noise: SeededNoise) -> FloatArray:
-    """What pictures begin with, [B, *shape] float32: their own, or the first of `noise`, whatever is drawn beside them.
-
-    Raises RecipeError for noise of another shape.
-    """
+    """What pictures begin with, [B, *shape] float32: their own, or the first of `noise`, whatever is drawn beside
+    them."""
     drawn = noise((len(pictures), *shape))
     for row, own in enumerate(picture.noise for picture in pictures):
         if own is not None:
-            if own.shape != shape:
-                raise RecipeError(f"latents of {own.shape} for a picture; this model draws from {shape}")
             drawn[row] = own
     return drawn
 
@@ -251,6 +253,9 @@ class PictureModel(Protocol):
 
     def check(self, request: DrawRequest) -> None:
         """Raise RecipeError for what it cannot draw, without computing anything."""
+
+    def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
+        """How often the denoiser is called for a picture of so many steps."""
 
     def start(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from importlib import resources
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from export.models.families import FAMILIES, Config, Input, shared_names
 from pipeline.backends.base import Arrays
 from pipeline.generate.components import Components, PipelineSource, timed
 from pipeline.generate.draw import Drawing, DrawRequest, Picture, first_noise
+from pipeline.generate.latent_preview import LatentPreview
 from pipeline.generate.pipeline_classes import (
     DECODER,
     ENCODER,
@@ -32,6 +34,11 @@ from pipeline.generate.tokenizer import PromptTokenizer
 
 # Prompts that a text encoder is called with at a time.
 ENCODED_AT_ONCE = 8
+# Enough of a scheduler's steps to see what kind it is, and within any distillation.
+FEW_STEPS = 4
+# Prompts that people are shown.
+EXAMPLES = 6
+CAPTIONS = "captions.txt"
 
 
 class ScheduledSteps:
@@ -61,39 +68,55 @@ class ScheduledSteps:
 
 
 class LatentModel:
-    """A PictureModel; its components are loaded when they are needed, and let go in turn unless keep_loaded."""
+    """A PictureModel; its components are loaded when they are needed, and let go in turn unless keep_loaded.
+
+    latent_shape: of a picture's latents, [C, h, w]. shift, factor: latents of the autoencoder are those of the denoiser
+    / factor + shift. conditions: inputs of the denoiser that are the same in every call. class_count: without the null
+    class, which is numbered behind them.
+    """
 
     batches = 4
     channels = 3
 
     def __init__(self, source: PipelineSource, keep_loaded: bool = False) -> None:
         """Nothing is loaded yet but tokenizers. Raises ModelError for a pipeline of an unknown kind, or without a
-        component that drawing needs."""
-        self.row = find_pipeline_class(source.class_name, source.name)
-        if missing := [name for name in self.row.components if name not in source.engines]:
-            raise ModelError(f"{source.name}: {source.class_name} draws with {missing[0]}, which it does not have; "
-                             "build that component too")  # fmt: skip
-        self.name, self.config, self.vae = source.name, source.transformer, source.vae
-        self.n_steps, self.guidance_scale = self.row.n_steps, self.row.guidance_scale
-        self.inputs = _denoiser_inputs(self.row.denoiser, source)
+        component that drawing needs, and ContractError for configurations that say too little."""
+        self.row = row = find_pipeline_class(source.class_name, source.name)
+        needed = (*row.components, *(encoder.tokenizer for encoder in row.encoders))
+        if missing := [name for name in needed if name not in {*source.engines, *source.tokenizers}]:
+            raise ModelError(
+                f"{source.name}: {row.name} draws with {missing[0]}, which it does not have; build that component too"
+            )
+        self.name, config = source.name, source.transformer
+        self.n_steps, self.guidance_scale = row.n_steps, row.guidance_scale
+        try:
+            self.inputs = _denoiser_inputs(row.denoiser, source)
+            cell = pixels_per_cell(source.vae)
+            own = config["sample_size"] * cell
+            self.height, self.width = source.height or own, source.width or own
+            self.latent_shape = (config["in_channels"], self.height // cell, self.width // cell)
+            self.shift = np.float32(source.vae.get("shift_factor") or 0)
+            self.factor = np.float32(source.vae["scaling_factor"])
+            self.conditions = row.conditions(config, (self.height, self.width))
+            self.class_count = config["num_embeds_ada_norm"] if row.classes else 0
+        except KeyError as error:
+            raise ContractError(f"{source.name}: its configurations lack {error}; build the bundle again") from error
         self.shared = shared_names(self.inputs)
-        self.scale = pixels_per_cell(self.vae)
-        own = self.config["sample_size"] * self.scale
-        self.height, self.width = source.height or own, source.width or own
         self.classes = class_names(source.index)
-        self.examples = tuple(list(self.classes)[:8])
+        self.examples = tuple(list(self.classes)[:EXAMPLES]) or _captions(EXAMPLES)
         self.tokenizers = {
-            row.component: PromptTokenizer.load(source.tokenizers[row.tokenizer], row.tokens)
-            for row in self.row.encoders
+            encoder.component: PromptTokenizer.load(source.tokenizers[encoder.tokenizer], encoder.tokens)
+            for encoder in row.encoders
         }
         self.scheduler = read_scheduler_config(source.scheduler)
         self._refuse_scheduler(source)
         self.components = Components(source.engines, keep_loaded)
+        self.preview = LatentPreview(self.latent_shape[0], cell)
         self.can_encode = ENCODER in source.engines
 
     def _refuse_scheduler(self, source: PipelineSource) -> None:
         """Raise ModelError for a scheduler that the pipeline's class cannot use."""
-        scheduler, channels = self.scheduler.scheduler(SchedulerOptions(self.n_steps)), self.config["in_channels"]
+        scheduler, channels = self.scheduler.scheduler(SchedulerOptions(FEW_STEPS)), self.latent_shape[0]
         if channels not in scheduler.channels(channels):
             raise ModelError(
                 f"{source.scheduler}: its variance_type is learned, and {self.row.name} takes no variance from the "
@@ -104,11 +127,6 @@ class LatentModel:
                 f"{source.scheduler}: it begins with noise of deviation {scheduler.init_noise_sigma:g}, and "
                 f"{self.row.name} with 1, as in diffusers, which draws nothing that way; use DDIM, DDPM or DPM-Solver++"
             )
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Of a picture's latents, [C, h, w]."""
-        return self.config["in_channels"], self.height // self.scale, self.width // self.scale
 
     # --- as of PictureModel ------------------------------------------------------------------------------------------
 
@@ -123,7 +141,17 @@ class LatentModel:
             raise RecipeError(
                 f"{self.name} has no {ENCODER}, which a picture is read with; build it with --component {ENCODER}"
             )
+        if not self._scale(request.guidance_scale) > 1 and any(request.negative_prompts):
+            scale = f"a guidance scale of {request.guidance_scale}"
+            raise RecipeError(
+                f"a negative prompt has no effect at {scale}, for {self.row.name} is guided above 1 alone"
+            )
+        request.refuse_noise(self.latent_shape)
         self._scheduler(request.n_steps, request.strength if request.images else 1.0)
+
+    def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
+        """As of PictureModel."""
+        return len(self._scheduler(n_steps, strength).steps)
 
     def start(
         self,
@@ -135,8 +163,8 @@ class LatentModel:
         """As of PictureModel. Pictures and prompts of all batches are encoded here."""
         pictures = [picture for batch in batches for picture in batch]
         images = [picture.image for picture in pictures if picture.image is not None]
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided, seconds = scale > 1, dict[str, float]()
+        scale, seconds = self._scale(guidance_scale), dict[str, float]()
+        guided = scale > 1
         latents = self._encode_images(images, seconds) if images else None
         prompts = [picture.prompt for picture in pictures]
         negative = [picture.negative_prompt or "" for picture in pictures] if guided else []
@@ -155,7 +183,8 @@ class LatentModel:
             trajectory = Trajectory(
                 run, (prompted, plain), begin, steps, scale if guided else 1.0, self.shared, first=steps.scheduler.first
             )
-            drawings.append(Drawing(batch, trajectory, seconds, partial(self._decode, seconds=seconds)))
+            decode, look = partial(self._decode, seconds=seconds), partial(self._look, seconds=seconds)
+            drawings.append(Drawing(batch, trajectory, seconds, decode, look))
             seconds = {}
         return drawings
 
@@ -167,13 +196,16 @@ class LatentModel:
         """As of PictureModel."""
         self.components.close()
 
-    # --- one after the other -------------------------------------------------------------------------------------------
+    # --- one after the other -----------------------------------------------------------------------------------------
 
     def _scheduler(self, n_steps: int | None, strength: float) -> Scheduler:
         return self.scheduler.scheduler(SchedulerOptions(self.n_steps if n_steps is None else n_steps, strength))
 
+    def _scale(self, guidance_scale: float | None) -> float:
+        return self.guidance_scale if guidance_scale is None else guidance_scale
+
     def _class_number(self, prompt: str) -> int:
-        return class_number(prompt, self.classes, self.config["num_embeds_ada_norm"])
+        return class_number(prompt, self.classes, self.class_count)
 
     def _condition(self, prompts: Sequence[str], seconds: dict[str, float]) -> Arrays:
         """All inputs of the denoiser but latents and timestep, for B prompts."""
@@ -182,7 +214,7 @@ class LatentModel:
             arrays[self.row.classes] = np.array([self._class_number(prompt) for prompt in prompts], np.int64)
         for encoder in self.row.encoders:
             arrays |= self._encode(encoder, [self.row.prepare(prompt) for prompt in prompts], seconds)
-        for name, value in self.row.conditions(self.config, (self.height, self.width)).items():
+        for name, value in self.conditions.items():
             arrays[name] = value if name in self.shared else np.repeat(value, len(prompts), axis=0)
         kinds = {row.name: row.dtype for row in self.inputs}
         return {name: value.astype(kinds[name], copy=False) for name, value in arrays.items() if name in kinds}
@@ -205,20 +237,19 @@ class LatentModel:
         run = timed(partial(self.components.run, ENCODER), ENCODER, seconds)
         moments = np.concatenate([run({"sample": image[None]})["moments"] for image in images])
         mean = moments[:, : self.latent_shape[0]]
-        shift, factor = _shift_and_factor(self.vae)
-        return np.asarray((mean - shift) * factor, np.float32)
+        return np.asarray((mean - self.shift) * self.factor, np.float32)
 
     def _decode(self, latents: FloatArray, seconds: dict[str, float]) -> FloatArray:
         """Pictures [B, 3, H, W], about from -1 to 1, of latents; one by one, for a decoder takes much memory."""
         run = timed(partial(self.components.run, DECODER), DECODER, seconds)
-        shift, factor = _shift_and_factor(self.vae)
-        scaled = latents / factor + shift
-        return np.concatenate([run({"latents": one[None]})["sample"] for one in scaled])
+        scaled = latents / self.factor + self.shift
+        pictures = np.concatenate([run({"latents": one[None]})["sample"] for one in scaled])
+        self.preview.learn(latents, pictures)
+        return pictures
 
-
-def _shift_and_factor(vae: Config) -> tuple[np.float32, np.float32]:
-    """Latents of the autoencoder are `latents / factor + shift` of the denoiser's."""
-    return np.float32(vae.get("shift_factor") or 0), np.float32(vae["scaling_factor"])
+    def _look(self, latents: FloatArray, seconds: dict[str, float]) -> FloatArray:
+        """The same, roughly and at once; the first ones of all are decoded, for the others to be learned from."""
+        return self.preview(latents) if self.preview.is_ready else self._decode(latents, seconds)
 
 
 def pixels_per_cell(vae: Config) -> int:
@@ -226,13 +257,17 @@ def pixels_per_cell(vae: Config) -> int:
     return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
+def _captions(count: int) -> tuple[str, ...]:
+    """Of everyday pictures."""
+    lines = (resources.files("pipeline.generate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
+    return tuple(lines[:count])
+
+
 def _denoiser_inputs(class_name: str, source: PipelineSource) -> tuple[Input, ...]:
-    """What the denoiser takes. Raises ModelError where it is of another class than the pipeline's denoisers are."""
+    """What the denoiser takes. Raises ModelError for a configuration of another class."""
     config = source.transformer
-    for family in FAMILIES.values():
-        if family.class_name == class_name and family.matches(config):
-            try:
-                return family.inputs(config)
-            except KeyError as error:
-                raise ContractError(f"{source.name}: the transformer's configuration lacks {error}") from error
-    raise ModelError(f"{source.name}: no {class_name} is known of this configuration")
+    families = (row for row in FAMILIES.values() if row.class_name == class_name and row.matches(config))
+    family = next(families, None)
+    if family is None:
+        raise ModelError(f"{source.name}: no {class_name} is known of its transformer's configuration")
+    return family.inputs(config)

@@ -30,8 +30,9 @@ HUNYUAN_CELL = 8
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """component, tokenizer: its names in the pipeline. tokens: of a prompt, with special ones and padding. states, mask:
-    inputs of the denoiser that take its last hidden states [B, tokens, C] and the mask of its tokens [B, tokens]."""
+    """component, tokenizer: its names in the pipeline. tokens: of a prompt, with special ones and padding. states,
+    mask: inputs of the denoiser that take its last hidden states [B, tokens, C] and the mask of its tokens [B, tokens].
+    """
 
     component: str
     tokenizer: str
@@ -44,8 +45,8 @@ class TextEncoder:
 class PipelineClass:
     """One row. denoiser: class of the transformer.
 
-    prepare: a prompt as the tokenizers get it. conditions: what else the denoiser is given, by its configuration and the
-    size of the picture; [1, ...] for each picture, or as it is what all share. n_steps, guidance_scale: unless the
+    prepare: a prompt as the tokenizers get it. conditions: what else the denoiser is given, by its configuration and
+    the size of the picture; [1, ...] for each picture, or as it is what all share. n_steps, guidance_scale: unless the
     caller says others; guidance is on above 1. classes: the denoiser's input for numbers of classes, where prompts are
     names of these; None: they are texts. unit_noise: drawings begin with noise as it is, whatever the scheduler asks.
     """
@@ -128,7 +129,7 @@ PIPELINES: dict[str, PipelineClass] = {
 
 
 def find_pipeline_class(name: str, source: str) -> PipelineClass:
-    """The row of a class. Raises ModelError for one that is not supported. source: whose class it is, for the message."""
+    """The row of a class. Raises ModelError for one that is not supported. source: whose class it is, for messages."""
     if name not in PIPELINES:
         raise ModelError(f"{source}: pipeline {shown(name)} is not supported; use one of {', '.join(PIPELINES)}")
     return PIPELINES[name]

@@ -29,8 +29,8 @@ class PixelModel:
         """Raises RecipeError for a model of latents, and what `Bundle.engine` raises."""
         if not makes_pixels(bundle):
             raise RecipeError(
-                f"{bundle.path}: its model needs the text encoder and VAE of its diffusers pipeline to draw; build that "
-                "whole, or set that pipeline's transformer to load(BUNDLE).as_diffusers()"
+                f"{bundle.path}: its model needs the text encoder and VAE of its diffusers pipeline to draw; build "
+                "that whole, or set that pipeline's transformer to load(BUNDLE).as_diffusers()"
             )
         self.name = bundle.name
         with bundle.generation() as generation:
@@ -47,9 +47,13 @@ class PixelModel:
     def check(self, request: DrawRequest) -> None:
         """Raise RecipeError for prompts that the model does not know, or steps that its sampler does not have."""
         self.generation.encode(list(request.prompts), request.negative_prompts)
+        request.refuse_noise((self.channels, self.height, self.width))
         self._sampler(request.n_steps)
-        if request.images:
-            self._first(request.n_steps, request.strength)
+        self.calls(request.n_steps, request.strength if request.images else 1.0)
+
+    def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
+        """As of PictureModel."""
+        return self._sampler(n_steps).n_steps - self._first(n_steps, strength)
 
     def start(
         self,

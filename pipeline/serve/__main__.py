@@ -34,7 +34,7 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 def make_parser() -> Parser:
     """All flags of `serve`."""
     flags = parser("serve", "Serve pictures of an engine: the OpenAI images API, a web page, health and metrics.")
-    flags.add_argument("bundle", type=Path, help="engine folder written by build, of a model of pixels")
+    flags.add_argument("bundle", type=Path, help="folder written by build, of a model of pixels or of a whole pipeline")
     flags.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: at all of this machine's")
     flags.add_argument("--port", type=int, default=8000, help="0: any that is free")
     text = f"what /v1 asks for as a bearer token (default: that of {KEY_VARIABLE}, which other users cannot see; none)"
@@ -45,6 +45,8 @@ def make_parser() -> Parser:
     text = "of a request, from its arrival to its last picture; then it gets a 504"
     flags.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help=text)
     flags.add_argument("--target", default="auto", help="as of generate")
+    text = "keep all parts of a whole pipeline in memory; else each is loaded anew for every batch, and let go after it"
+    flags.add_argument("--keep-loaded", action="store_true", help=text)
     add_threads(flags)
     return flags
 
@@ -99,7 +101,10 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     from pipeline.serve.service import Service
     from pipeline.text_to_image import Pipeline
 
-    with listening(args.host, args.port) as listener, Pipeline.load(args.bundle, args.target, args.threads) as pipeline:
+    with (
+        listening(args.host, args.port) as listener,
+        Pipeline.load(args.bundle, args.target, args.threads, args.keep_loaded) as pipeline,
+    ):
         if args.host not in LOCAL and key is None:
             logger.warning("%s can be reached from other machines, without an API key: see --api-key", args.host)
         service = Service(pipeline, limits)

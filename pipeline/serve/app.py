@@ -114,8 +114,8 @@ def _file_of_page(name: str) -> Any:
 def _report(service: Service, name: str) -> Response:
     """A file of the bundle's report, as its manifest has it. Raises ApiError for any other."""
     bundle = service.pipeline.bundle
-    row = bundle.manifest["files"].get(name)
-    if row is None:
+    row = None if bundle is None else bundle.manifest["files"].get(name)
+    if bundle is None or row is None:
         raise ApiError(404, f"the bundle has no {name}")
     content = io.BytesIO()
     read_verified(bundle.path, name, row, content)
@@ -126,7 +126,7 @@ def _report(service: Service, name: str) -> Response:
 def _model(service: Service) -> dict[str, Any]:
     """As OpenAI describes a model, and what it draws under `ditc`."""
     pipeline = service.pipeline
-    has_report = f"{REPORT}index.html" in pipeline.bundle.manifest["files"]
+    has_report = pipeline.bundle is not None and f"{REPORT}index.html" in pipeline.bundle.manifest["files"]
     facts = {
         "size": f"{pipeline.width}x{pipeline.height}",
         "steps": pipeline.n_steps,

@@ -113,7 +113,7 @@ def read(body: bytes, pipeline: Pipeline) -> Asked:
         raise ApiError(400, f"partial_images {previews} without stream; set stream to true", param="partial_images")
     if by_url and stream:
         raise ApiError(400, "response_format url with stream; a stream has b64_json alone", param="response_format")
-    return Asked(request, by_url, stream, spread(previews, n_steps))
+    return Asked(request, by_url, stream, spread(previews, pipeline.model.calls(n_steps)))
 
 
 def spread(previews: int, n_steps: int) -> frozenset[int]:

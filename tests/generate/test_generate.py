@@ -13,7 +13,8 @@ from PIL import Image
 import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
-from pipeline.generate.__main__ import arrange, default_scale, draw, main
+from pipeline.generate.__main__ import arrange, default_scale, main, open_pixels
+from pipeline.generate.__main__ import draw as draw_with
 from pipeline.generate.draw import DrawRequest, to_pixels
 from pipeline.generate.pixel_model import makes_pixels, picture_shape
 from tests.support.bundles import stand_in
@@ -48,6 +49,11 @@ def make_bundle(tmp_path, generation=GENERATION, channels=1, **sampling):
     stated = recipes.Recipe(name="digits", model="none", sampling=recipes.Sampling(**sampling))
     engine = LevelEngine()
     return stand_in(path, stated, {"family": "dit", "source": str(tmp_path / "nowhere")}, lambda: engine)
+
+
+def draw(bundle, request):
+    with open_pixels(bundle, request.prompts) as opened:
+        return draw_with(opened, request)[0]
 
 
 def test_pictures_are_those_of_the_prompts(tmp_path):

@@ -13,11 +13,10 @@ import pytest
 
 import ditc
 from export.errors import ContractError, RecipeError
-from pipeline.generate.__main__ import draw
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Picture
 from pipeline.generate.pixel_model import PixelModel
 from pipeline.text_to_image import Pipeline
-from tests.generate.test_generate import GENERATION, LevelEngine, make_bundle
+from tests.generate.test_generate import GENERATION, LevelEngine, draw, make_bundle
 
 
 @pytest.fixture
@@ -179,7 +178,7 @@ def test_there_is_no_preview_before_the_first_step(pipeline: Pipeline) -> None:
         ({"width": 512, "height": 512}, "height x width 512 x 512; the engine draws 8 x 8"),
         (
             {"generator": None},
-            "argument 'generator' is unknown to this pipeline; it takes prompt, height, width, num_inf",
+            "argument 'generator' is unknown to this pipeline; it takes prompt, class_labels, height, width",
         ),
         ({"output_type": "pt"}, "output_type 'pt'; use 'pil', 'np' or 'latent'"),
         ({"num_inference_steps": 0}, "number of denoising steps 0"),

@@ -106,7 +106,8 @@ class Asking(threading.Thread):
 def served(folder: Path, limits: Limits = USUAL, api_key: str | None = None, **bundle: Any) -> Iterator[Server]:
     """A server in `folder`, whose engine goes on by itself unless it is gated."""
     engine = GatedEngine()
-    pipeline = Pipeline(PixelModel(opened := replace(make_bundle(folder, **bundle), make_engine=lambda: engine)), opened)
+    opened = replace(make_bundle(folder, **bundle), make_engine=lambda: engine)
+    pipeline = Pipeline(PixelModel(opened), opened)
     service = Service(pipeline, limits)
     service.start()
     try:

@@ -25,8 +25,6 @@ from pipeline.generate.components import PipelineSource
 from pipeline.generate.convert_tokenizer import convert_tokenizer
 from tests.generate.schedulers.cases import MODULES
 
-CELL = 8
-
 
 def one_by_one(call: Callable[..., Any], batch: Callable[..., int]) -> Callable[..., Any]:
     """A call of a batch as calls of its samples. batch: how many there are, of the call's arguments."""
@@ -94,6 +92,7 @@ class Loads:
 
     names: list[str] = field(default_factory=list)
     engines: list[TorchEngine] = field(default_factory=list)
+    keep: bool = False
 
     def loader(self, name: str, call: Callable[[dict[str, torch.Tensor]], Arrays]) -> Callable[[], TorchEngine]:
         def load() -> TorchEngine:
@@ -104,14 +103,11 @@ class Loads:
 
         return load
 
-    keep: bool = False
-
 
 def source_of(pipe: Any, folder: Path, loads: Loads | None = None, encoder: bool = False) -> PipelineSource:
     """The pipeline as a bundle of its parts would state it, with files in `folder`."""
     loads = Loads() if loads is None else loads
-    engines = {"vae_decoder": loads.loader("vae_decoder", lambda t: {"sample": pipe.vae.decode(t["latents"])[0].numpy()})}
-    tokenizers = {}
+    engines, tokenizers = {}, {}
     for suffix in ("", "_2"):
         text = getattr(pipe, f"text_encoder{suffix}", None)
         if text is not None:
@@ -129,6 +125,9 @@ def source_of(pipe: Any, folder: Path, loads: Loads | None = None, encoder: bool
         return {"sample": family.call(pipe.transformer, tensors).numpy()}
 
     engines["transformer"] = loads.loader("transformer", denoise)
+    engines["vae_decoder"] = loads.loader(
+        "vae_decoder", lambda tensors: {"sample": pipe.vae.decode(tensors["latents"]).sample.numpy()}
+    )
     if encoder:
         engines["vae_encoder"] = loads.loader(
             "vae_encoder", lambda t: {"moments": pipe.vae.encode(t["sample"]).latent_dist.parameters.numpy()}
@@ -173,5 +172,3 @@ def equal_noise(patch: pytest.MonkeyPatch, pictures: int) -> None:
         module = importlib.import_module(f"diffusers.schedulers.scheduling_{name}")
         if hasattr(module, "randn_tensor"):
             patch.setattr(module, "randn_tensor", draw)
-
-
