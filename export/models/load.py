@@ -302,8 +302,6 @@ def _build_text_encoder(family: Family, config: Config, path: Path, files: Weigh
     import torch
     import transformers
 
-    from export.models.t5_modules import exportable
-
     cls = getattr(transformers, family.class_name)
     known = {key: value for key, value in config.items() if key != "_class_name"}
     try:
@@ -314,7 +312,7 @@ def _build_text_encoder(family: Family, config: Config, path: Path, files: Weigh
         raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
     if files is not None:
         _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
-    return exportable(module)
+    return family.exportable(module)
 
 
 def _with_buffers(module: nn.Module, cls: type[nn.Module], known: Config) -> nn.Module:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph, only
+from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
 from pipeline.backends.side_by_side import side_by_side
 from pipeline.generate.case import AnyCase, Run, TextCase, is_large
@@ -316,7 +316,7 @@ def layer_results(
         )
         results.append(result)
     if segments is not None:
-        segments.end([only(tensors) for tensors in outputs])
+        segments.end(outputs)
     return results
 
 
