@@ -60,6 +60,13 @@ class UpcastLinear(nn.Linear):
         return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
 
 
+class UpcastEmbedding(nn.Embedding):
+    """A table that stays in fp16; the rows that are looked up are upcast to float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).float()
+
+
 def linear_like(linear: nn.Linear, weight: torch.Tensor, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A layer of class `kind` with `weight` [N, K], and sizes and bias of `linear`; nothing is copied."""
     with torch.device("meta"):

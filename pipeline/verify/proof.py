@@ -230,7 +230,7 @@ def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Ga
     import torch
 
     tables = {path: part for path, part in model.module.named_modules() if isinstance(part, torch.nn.Embedding)}
-    other = [path for path, part in tables.items() if not probed.holds(part.weight.detach().float().numpy())]
+    other = [path for path, part in tables.items() if not probed.holds(part.weight.detach().numpy())]
     why = "embedding tables that stand in the graph number for number, of all that the model has"
     why += f"; {other[0]} does not, for any call: it was rounded or changed on the way there" if other else ""
     count = len(tables)
