@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 TRACE_BATCH, TRACE_TOKENS = 2, 7
 # Smaller float tensors (biases, tables) are stored in fp32 without a Cast: the same values in a simpler graph.
 NARROW_ELEMENTS = 4096
-# A table of at least so many numbers that is only looked up (a vocabulary's) stays fp16 in memory, too: its rows are
-# widened after they are looked up, not all of them once.
-TABLE_ELEMENTS = 2**24
 # The models' samplers use (rounded) timesteps of this range.
 TIMESTEPS = np.arange(1000)
 
@@ -208,6 +205,9 @@ def _bind(graph: ir.Model, values: Mapping[str, torch.Tensor], narrow: bool) -> 
         if not tensor.is_floating_point():  # a table of places
             value.const_value = ir.tensor(tensor.numpy(), name=value.name)
             graph.graph.register_initializer(value)
+        elif value.dtype == ir.DataType.FLOAT16:  # a large table, whose rows the model widens
+            value.const_value = _stored(value, tensor, ir.DataType.FLOAT16)
+            graph.graph.register_initializer(value)
         elif narrow and tensor.numel() >= NARROW_ELEMENTS and (tensor.half().float() == tensor).all():
             _bind_narrow(graph.graph, value, tensor)
         else:
@@ -229,28 +229,11 @@ def _drop_transposes(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _bind_narrow(graph: ir.Graph, value: ir.Value, tensor: torch.Tensor) -> None:
-    """fp16 initializer -> Cast -> the value that the graph reads; of a large table the Cast follows its readers."""
+    """fp16 initializer -> Cast -> the value that the graph reads."""
     stored = add_initializer(graph, _stored(value, tensor, ir.DataType.FLOAT16))
-    if tensor.numel() >= TABLE_ELEMENTS and all(is_op(node, "Gather") and i == 0 for node, i in value.uses()):
-        for node in list(value.consumers()):
-            _widen_after(graph, node, stored)
-        return
     wide = GraphBuilder(graph, graph[0], str(value.name)).op("Cast", stored, name="cast", to=ir.DataType.FLOAT.value)
     wide.shape = value.shape
     ir.convenience.replace_all_uses_with(value, wide)
-
-
-def _widen_after(graph: ir.Graph, lookup: ir.Node, table: ir.Value) -> None:
-    """Let a Gather read the fp16 `table`, and a Cast behind it give what the others read."""
-    rows = result_of(lookup)
-    lookup.replace_input_with(0, table)
-    rows.type = ir.TensorType(ir.DataType.FLOAT16)
-    readers = [(use.node, use.idx) for use in rows.uses()]
-    first = next(node for node in graph if any(node is reader for reader, _ in readers))
-    wide = GraphBuilder(graph, first, str(rows.name)).op("Cast", rows, name="cast", to=ir.DataType.FLOAT.value)
-    wide.shape = rows.shape
-    for reader, place in readers:
-        reader.replace_input_with(place, wide)
 
 
 def _stored(value: ir.Value, tensor: torch.Tensor, kind: ir.DataType) -> ir.LazyTensor:

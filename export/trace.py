@@ -65,7 +65,7 @@ class PlaceholderLinear(nn.Module):
 def trace(
     module: Denoiser, rows: tuple[Input, ...], samples: Mapping[str, Array], attention: AttentionFormats | None = None
 ) -> ir.Model:
-    """ONNX graph of `module`, whose forward takes the inputs `rows` in order and returns its family's output.
+    """ONNX graph of `module`, whose forward takes the inputs `rows` in order and returns its family's outputs.
 
     Dynamic axes are those of the rows. Parameters and buffers of the module become graph inputs behind the rows.
     attention: formats in which it is quantized, each one node of the dialect then; None: in float32, in plain ops.
@@ -77,7 +77,7 @@ def trace(
     table: dict[Callable, Callable] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
     with _quiet():
         onnx_program = torch.onnx.export(
-            program, (), dynamo=True, input_names=names, output_names=[module.family.output], opset_version=OPSET,
+            program, (), dynamo=True, input_names=names, output_names=list(module.family.outputs), opset_version=OPSET,
             optimize=False, verbose=False, custom_translation_table=table,
         )  # fmt: skip
         assert onnx_program is not None

@@ -57,6 +57,12 @@ class Description:
             return pixels_per_latent(self.config) if self.family.half == "decoder" else 1
         return pixels_per_cell(self.folder, self.config)
 
+    @cached_property
+    def tokens(self) -> int:
+        """Length of a caption or prompt that the model's pipelines give it, within what it has positions for."""
+        longest = self.family.longest(self.config)
+        return self.family.tokens if longest is None else min(self.family.tokens, longest)
+
     def cells(self, height: int = 0, width: int = 0) -> tuple[int, int]:
         """Height and width of `hidden_states` for an image of that many pixels; 0 stands for the model's own size.
 
@@ -100,10 +106,11 @@ def sample_inputs(
 ) -> dict[str, NDArray[Any]]:
     """Random inputs of the right shapes and types, the same for the same arguments.
 
-    height, width: image size in pixels, 0 for the model's own. tokens: caption length, 0 for the family's usual one.
+    height, width: image size in pixels, 0 for the model's own. tokens: caption length, 0 for the usual one. A text
+    encoder's prompt ends with the token for that, if an output is its row.
     """
     cells = model.cells(height, width)
-    sizes = {"batch": batch_size, "tokens": tokens or model.family.tokens, "height": cells[0], "width": cells[1]}
+    sizes = {"batch": batch_size, "tokens": tokens or model.tokens, "height": cells[0], "width": cells[1]}
     if model.family.steps:
         patch = model.config["patch_size"]
         sizes["patches"] = (cells[0] // patch) * (cells[1] // patch)
@@ -113,7 +120,18 @@ def sample_inputs(
         arrays[row.name] = np.asarray(
             _filled(row.fill, shape, np.random.default_rng([seed, index]), model, cells), row.dtype
         )
+    end_prompts(model, arrays)
     return arrays
+
+
+def end_prompts(model: Description, arrays: dict[str, NDArray[Any]]) -> None:
+    """Put the end token of the model's prompts where their masks end, in place; nothing without such a token."""
+    end, counted = model.family.end(model.config), model.family.counted
+    if end is not None:
+        assert counted is not None
+        mask = arrays[counted].astype(bool)
+        lasts = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+        arrays[model.family.streamed][np.arange(len(mask)), lasts] = end
 
 
 # --- what samples hold: a function for each kind of fill in the table of inputs --------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from export.errors import ContractError
+from export.errors import ContractError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,15 +89,19 @@ class Family:
     """One row. `quantized`: (regex of the module path, layer kind); `kept`: (regex, reason); first match wins.
 
     `matches` tells whether a configuration of class `class_name` is of this family; `call` runs the diffusers module
-    on named inputs and returns the output tensor; `conditioning` says in words how conditions enter. `attributes` are
+    on named inputs and returns the outputs; `conditioning` says in words how conditions enter. `attributes` are
     the plain attributes of an instance, which pipelines read beside its configuration. `ignored` names inputs that the
     class accepts and does not read in this configuration. binned: the family's pipelines choose among sizes of their
     own unless they are called with use_resolution_binning=False.
 
     A denoiser is called step by step by a sampler and makes pictures; `steps` is False for a text encoder, which is
     called once for a prompt. library: that has the class. streamed: the input of which every sample has its own.
-    output: name of the one output. counted: the mask input that says which rows of the output [batch, tokens, C] are of
-    a prompt; those of padding are nobody's. None: all count.
+    outputs: names of what `call` returns, one tensor or a tuple. counted: the mask input that says which rows of an
+    output [batch, tokens, C] are of a prompt; those of padding are nobody's. None: all count.
+
+    Of a text encoder, exportable: puts parts that export in the places of others, in a module without memory.
+    longest: how many tokens it has positions for, None for any number. end: the id that ends a prompt where an output
+    is its row, None where none is.
 
     held: whether the linear at a path is kept though the family quantizes it, as the recipe of one build may say.
 
@@ -111,7 +115,7 @@ class Family:
     quantized: tuple[tuple[str, str], ...]
     kept: tuple[tuple[str, str], ...]
     inputs: Callable[[Config], tuple[Input, ...]]
-    call: Callable[[nn.Module, Tensors], Tensor]
+    call: Callable[[nn.Module, Tensors], Tensor | tuple[Tensor, ...]]
     conditioning: str
     tokens: int = 0
     square: bool = False
@@ -121,8 +125,11 @@ class Family:
     library: Literal["diffusers", "transformers"] = "diffusers"
     steps: bool = True
     streamed: str = "hidden_states"
-    output: str = "sample"
+    outputs: tuple[str, ...] = ("sample",)
     counted: str | None = None
+    exportable: Callable[[nn.Module], nn.Module] = lambda module: module
+    longest: Callable[[Config], int | None] = lambda config: None
+    end: Callable[[Config], int | None] = lambda config: None
     half: Half | None = None
     held: Callable[[str], bool] = lambda path: False
     absent: tuple[str, ...] = ()
@@ -371,6 +378,12 @@ def _call_t5(module: nn.Module, inputs: Tensors) -> Tensor:
     return encode(module, inputs[IDS], inputs[MASK])
 
 
+def _exportable_t5(module: nn.Module) -> nn.Module:
+    from export.models.t5_modules import exportable
+
+    return exportable(module)
+
+
 T5_BLOCK = r"encoder\.block\.\d+\.layer"
 T5_QUANTIZED = (
     (rf"{T5_BLOCK}\.0\.SelfAttention\.[qkv]", "attn.qkv"),
@@ -388,8 +401,99 @@ def _t5(name: str, class_name: str, tokens: int) -> Family:
     return Family(
         name, class_name, lambda config: True, T5_QUANTIZED, T5_KEPT, _text_inputs, _call_t5,
         "token ids and their mask; positions enter as a bias of attention by distance", tokens,
-        library="transformers", steps=False, streamed=IDS, output="last_hidden_state", counted=MASK,
+        library="transformers", steps=False, streamed=IDS, outputs=("last_hidden_state",), counted=MASK,
+        exportable=_exportable_t5,
     )  # fmt: skip
+
+
+def _call_clip(module: nn.Module, inputs: Tensors) -> tuple[Tensor, ...]:
+    from export.models.clip_modules import encode
+
+    return encode(module, inputs[IDS], inputs[MASK])
+
+
+def _exportable_clip(module: nn.Module) -> nn.Module:
+    from export.models.clip_modules import exportable
+
+    return exportable(module)
+
+
+# Configurations from before transformers 4.31 state this number in the place of the end token's, which was then the
+# largest of all.
+LEGACY_END = 2
+
+
+def end_token(config: Config) -> int:
+    """The id that ends a CLIP's prompt, whose row is pooled. Raises ModelError where eos_token_id is no such id."""
+    stated, vocabulary = config["eos_token_id"], config["vocab_size"]
+    if not isinstance(stated, int) or not 0 <= stated < vocabulary:
+        raise ModelError(f"eos_token_id is {stated!r}, which is none of {vocabulary} ids; a prompt's end is pooled")
+    return vocabulary - 1 if stated == LEGACY_END else stated
+
+
+CLIP_LAYER = r"(text_model\.)?encoder\.layers\.\d+"
+CLIP_QUANTIZED = (
+    (rf"{CLIP_LAYER}\.self_attn\.[qkv]_proj", "attn.qkv"),
+    (rf"{CLIP_LAYER}\.self_attn\.out_proj", "attn.out"),
+    (rf"{CLIP_LAYER}\.mlp\.fc1", "ff.in"),
+    (rf"{CLIP_LAYER}\.mlp\.fc2", "ff.out"),
+)
+CLIP_KEPT = (
+    (r".*token_embedding", "token embedding: a row is looked up for each token, nothing is multiplied"),
+    (r".*position_embedding", "position embedding: a row is looked up for each place, nothing is multiplied"),
+    (r"text_projection", "projection of the pooled row: one row for each prompt, and its error is the output's error"),
+)
+
+
+def _clip(name: str, class_name: str) -> Family:
+    return Family(
+        name, class_name, lambda config: True, CLIP_QUANTIZED, CLIP_KEPT, _text_inputs, _call_clip,
+        "token ids and their mask, of ones where pipelines pass none; attention is causal", 77,
+        library="transformers", steps=False, streamed=IDS, counted=MASK, exportable=_exportable_clip,
+        outputs=("last_hidden_state", "pooled", "penultimate_hidden_state"),
+        longest=lambda config: config["max_position_embeddings"], end=end_token,
+    )  # fmt: skip
+
+
+def _call_bert(module: nn.Module, inputs: Tensors) -> Tensor:
+    from export.models.bert_modules import encode
+
+    return encode(module, inputs[IDS], inputs[MASK])
+
+
+def _exportable_bert(module: nn.Module) -> nn.Module:
+    from export.models.bert_modules import exportable
+
+    return exportable(module)
+
+
+BERT_LAYER = r"encoder\.layer\.\d+"
+BERT = Family(
+    name="bert",
+    class_name="BertModel",
+    matches=lambda config: True,
+    quantized=(
+        (rf"{BERT_LAYER}\.attention\.self\.(query|key|value)", "attn.qkv"),
+        (rf"{BERT_LAYER}\.attention\.output\.dense", "attn.out"),
+        (rf"{BERT_LAYER}\.intermediate\.dense", "ff.in"),
+        (rf"{BERT_LAYER}\.output\.dense", "ff.out"),
+    ),
+    kept=(
+        (r"embeddings\.word_embeddings", "token embedding: a row is looked up for each token, nothing is multiplied"),
+        (r"embeddings\.(position|token_type)_embeddings", "position and type embeddings: rows that are looked up"),
+    ),
+    inputs=_text_inputs,
+    call=_call_bert,
+    conditioning="token ids and their mask; positions are embedded, and all tokens are of the first type",
+    tokens=77,
+    library="transformers",
+    steps=False,
+    streamed=IDS,
+    outputs=("last_hidden_state",),
+    counted=MASK,
+    exportable=_exportable_bert,
+    longest=lambda config: config["max_position_embeddings"],
+)
 
 
 # --- autoencoders --------------------------------------------------------------------------------------------------
@@ -427,12 +531,12 @@ def _call_encoder(module: nn.Module, inputs: Tensors) -> Tensor:
 VAE_DECODER = Family(
     "vae_decoder", "AutoencoderKL", lambda config: True, (), NOT_QUANTIZED, _latents, _call_decoder,
     "latents, divided by scaling_factor and shifted as AutoencoderKL.decode takes them",
-    steps=False, streamed=LATENTS, output=PICTURE, half="decoder", absent=("encoder", "quant_conv"),
+    steps=False, streamed=LATENTS, outputs=(PICTURE,), half="decoder", absent=("encoder", "quant_conv"),
 )  # fmt: skip
 VAE_ENCODER = Family(
     "vae_encoder", "AutoencoderKL", lambda config: True, (), NOT_QUANTIZED, _picture, _call_encoder,
     "pictures from -1 to 1; the result is mean and logarithm of the variance of the latents",
-    steps=False, streamed=PICTURE, output="moments", half="encoder", absent=("decoder", "post_quant_conv"),
+    steps=False, streamed=PICTURE, outputs=("moments",), half="encoder", absent=("decoder", "post_quant_conv"),
 )  # fmt: skip
 
 
@@ -446,6 +550,11 @@ FAMILIES: dict[str, Family] = {
         _t5("t5", "T5EncoderModel", 120),
         _t5("mt5", "MT5EncoderModel", 256),
         _t5("umt5", "UMT5EncoderModel", 256),
+        _clip("clip", "CLIPTextModel"),
+        _clip("clip_projection", "CLIPTextModelWithProjection"),
+        BERT,
+
+
         VAE_DECODER,
         VAE_ENCODER,
     )

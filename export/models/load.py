@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 __all__ = ["LinearRef", "LoadedModel", "denoiser", "float_linears", "load", "sample_inputs", "save_kept"]
 
 logger = logging.getLogger(__name__)
+# A table of at least so many numbers that is only looked up (a vocabulary's) stays in fp16: the rows that are looked up
+# are widened, not all of them once.
+TABLE_ELEMENTS = 2**24
+ROWS_AT_ONCE = 4096
 # Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
 RESIDENT_BYTES = 512 * 2**20
 
@@ -344,8 +348,6 @@ def _build_text_encoder(family: Family, config: Config, path: Path, files: Weigh
     import torch
     import transformers
 
-    from export.models.t5_modules import exportable
-
     cls = getattr(transformers, family.class_name)
     known = {key: value for key, value in config.items() if key != "_class_name"}
     try:
@@ -356,7 +358,7 @@ def _build_text_encoder(family: Family, config: Config, path: Path, files: Weigh
         raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
     if files is not None:
         _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
-    return exportable(module)
+    return family.exportable(module)
 
 
 def _with_buffers(module: nn.Module, cls: type[nn.Module], known: Config) -> nn.Module:
@@ -414,15 +416,41 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
 
 def _assign(module: nn.Module, family: Family, tensors: dict[str, torch.Tensor]) -> None:
     """Put checked tensors into the module, each in the type it is used in, and make it ready to run."""
-    from export.models.torch_modules import UpcastLinear, linear_like
+    from export.models.torch_modules import UpcastEmbedding, UpcastLinear, linear_like
 
     linears = {path: part for path, part in _linears(module) if family.kind_of(path)}
     resident = 4 * sum(tensor.numel() for tensor in tensors.values()) <= RESIDENT_BYTES
     for path, part in linears.items():
         if not resident and tensors[f"{path}.weight"].itemsize < 4:
             module.set_submodule(path, linear_like(part, part.weight, UpcastLinear))
-    module.load_state_dict({key: _typed(key, value, linears, resident) for key, value in tensors.items()}, assign=True)
+    typed = {key: _typed(key, value, linears, resident) for key, value in tensors.items()}
+    for path, table in _large_tables(module):
+        if (stored := half_table(tensors[f"{path}.weight"])) is not None:
+            typed[f"{path}.weight"] = stored
+            module.set_submodule(path, UpcastEmbedding(table.num_embeddings, table.embedding_dim, device="meta"))
+    module.load_state_dict(typed, assign=True)
     module.requires_grad_(False).eval()
+
+
+def _large_tables(module: nn.Module) -> list[tuple[str, nn.Embedding]]:
+    import torch
+
+    tables = [(path, part) for path, part in module.named_modules() if isinstance(part, torch.nn.Embedding)]
+    return [(path, part) for path, part in tables if part.weight.numel() >= TABLE_ELEMENTS]
+
+
+def half_table(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A table [rows, C] in fp16, the file's own where it is of that type; None by the rule of `stored_value`. Large: no
+    float32 copy of it is made."""
+    import torch
+
+    if tensor.dtype == torch.float16:
+        return tensor
+    halves, error, power = tensor.half(), 0.0, 0.0
+    for half, part in zip(halves.split(ROWS_AT_ONCE), tensor.split(ROWS_AT_ONCE), strict=True):
+        error += float((half.float() - part.float()).double().square().sum())
+        power += float(part.double().square().sum())
+    return halves if error**0.5 <= HALF_ROUNDING * power**0.5 else None
 
 
 def _typed(key: str, tensor: torch.Tensor, linears: Mapping[str, nn.Linear], resident: bool) -> torch.Tensor:

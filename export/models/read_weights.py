@@ -32,6 +32,8 @@ HARMLESS = (
     # Older diffusers files of PixArt-alpha, and the original ones, keep the embedding that classifier-free training
     # puts in the place of a caption. Neither class reads it in a call that brings its captions.
     (r"(caption_projection|y_embedder)\.y_embedding", OF_TRAINING),
+    # BERT's, which the pipelines of diffusers leave alone.
+    (r"pooler\.dense\.(weight|bias)", "pools the first token's row, which no pipeline reads"),
     # An empty tensor whose type tells ComfyUI that the weights have scales; each scale is read by its own name.
     (r"scaled_fp8", "says only that weights have scales"),
     # x / s * s = x without the quantizer of activations, which belongs to the run and not to the model.
@@ -39,12 +41,18 @@ HARMLESS = (
 )
 # Another name of a tensor -> its own, in files of transformers' encoders: one of the two stands there, or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+# What older versions of transformers put before every name of a class.
+OLDER_PREFIXES = {"CLIPTextModel": "text_model."}
+# The places of tokens from 0 on, which older versions of transformers save.
+PLACES = r"(text_model\.)?embeddings\.position_ids"
 # The fixed table of positions: harmless where it holds what the class computes by itself.
 POSITIONS = r"pos_embed(\.pos_embed)?"
 # sin and cos of an angle of at most 256 in float32; rounding to the file's type comes on top.
 ANGLE_ERROR = 256 * ROUNDING
 # The block that a tensor belongs to, after the name of its list of blocks.
-BLOCK = r"(.*?blocks?\.)\d+\."
+BLOCK = r"(.*?(?:blocks?|layers?)\.)\d+\."
+# Keys that say how many of them there are.
+LAYER_COUNTS = ("num_layers", "num_hidden_layers")
 # Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
 ATTENTION_BIAS = r".*\.(attn\d?|cross_attn)\..*\.bias"
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.
@@ -171,6 +179,11 @@ def _unwrapped(files: WeightsFiles) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _in_diffusers_names(stored: Mapping[str, Stored], config: Config) -> dict[str, Stored]:
     class_name = str(config["_class_name"])
+    if prefix := OLDER_PREFIXES.get(class_name):
+        plain: dict[str, Stored] = {}
+        for name, row in stored.items():
+            _add(plain, name.removeprefix(prefix), row)
+        return plain
     if class_name not in LAYOUTS or not (MARK in stored or class_name in WITHOUT_MARK):
         return dict(stored)
     named: dict[str, Stored] = {}
@@ -237,6 +250,8 @@ def _harmless(name: str, row: Stored, positions: torch.Tensor | None, keys: Cont
                 "in it, or remove the tensor if the model's own code computes the table anew"
             )
         return "the table of positions that config.json makes"
+    if re.fullmatch(PLACES, name) and row.tensor.flatten().tolist() == list(range(row.tensor.numel())):
+        return "the places of tokens from 0 on"
     why = next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), None)
     return None if why == OF_A_RANGE and f"{row.key.rpartition('.')[0]}.weight" not in keys else why
 
@@ -271,10 +286,10 @@ def _refuse(
             "tensors have, or which no wrapper is known to add; save one model alone, without a prefix"
         )
     if beyond:
-        layers = config.get("num_layers", "fewer")
-        remedy = "correct num_layers, or take the config.json that belongs to this file"
+        key = next((key for key in LAYER_COUNTS if key in config), LAYER_COUNTS[0])
+        remedy = f"correct {key}, or take the config.json that belongs to this file"
         raise ModelError(
-            f"{_place(list(beyond), named)}: a layer beyond config.json's num_layers of {layers}; {remedy}"
+            f"{_place(list(beyond), named)}: a layer beyond config.json's {key} of {config.get(key, 'fewer')}; {remedy}"
         )
     raise ModelError(
         f"{_place([name], named)}: {config['_class_name']} of this config.json has no such tensor; {TOGETHER}"

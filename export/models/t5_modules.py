@@ -17,14 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import ModelError
+from export.models.text_modules import activation_of, attended, padding_bias
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Attention, T5DenseActDense, T5DenseGatedActDense, T5EncoderModel
-
-
-# What a masked token adds to a score: so far below any that nothing of the score is left beside it, and its weight is
-# zero to the bit. Not the lowest number of a type, which the next rounding may take beyond it.
-HOLE = -(2.0**100)
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -38,28 +34,13 @@ class RootMeanSquareNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
 
 
-# By transformers' name; gelu_new is the form with tanh.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": nn.functional.gelu,
-    "gelu_new": partial(nn.functional.gelu, approximate="tanh"),
-    "relu": nn.functional.relu,
-    "silu": nn.functional.silu,
-}
-
-
-def activation_of(name: str) -> Callable[[Tensor], Tensor]:
-    """Raises ModelError for a function that is not in the table."""
-    if name not in ACTIVATIONS:
-        raise ModelError(f"feed_forward_proj asks for {name}, which is none of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
 class FeedForward(nn.Module):
     """wo(activation(wi x))."""
 
     def __init__(self, of: T5DenseActDense, activation: str) -> None:
         super().__init__()
-        self.wi, self.wo, self.activation = of.wi, of.wo, activation_of(activation)
+        self.wi, self.wo = of.wi, of.wo
+        self.activation = activation_of(activation, "feed_forward_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.wo(self.activation(self.wi(x)))
@@ -71,7 +52,12 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, of: T5DenseGatedActDense, activation: str) -> None:
         super().__init__()
-        self.wi_0, self.wi_1, self.wo, self.activation = of.wi_0, of.wi_1, of.wo, activation_of(activation)
+        self.wi_0, self.wi_1, self.wo, self.activation = (
+            of.wi_0,
+            of.wi_1,
+            of.wo,
+            activation_of(activation, "feed_forward_proj"),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.wo(self.activation(self.wi_0(x)) * self.wi_1(x))
@@ -105,11 +91,7 @@ class RelativeAttention(nn.Module):
 
     def mixed(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B, tokens, C] -> as x."""
-        query, key, value = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
-        result: Tensor = self.o(attended.transpose(1, 2).flatten(2))
+        result: Tensor = self.o(attended(self.q(x), self.k(x), self.v(x), self.heads, bias, scale=1.0))
         return result
 
     def forward(self, x: Tensor, position_bias: Tensor, **unused: object) -> tuple[Tensor, Tensor, None]:
@@ -173,7 +155,7 @@ def encode(module: T5EncoderModel, input_ids: Tensor, attention_mask: Tensor) ->
     """
     hidden: Tensor = module.shared(input_ids)
     first = module.encoder.block[0].layer[0].SelfAttention
-    padding = (1 - attention_mask[:, None, None, :].to(hidden.dtype)) * HOLE
+    padding = padding_bias(attention_mask, hidden.dtype)
     if isinstance(first, OwnBiasAttention):
         for block in module.encoder.block:
             hidden = block(hidden, attention_mask=padding)

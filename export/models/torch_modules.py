@@ -19,14 +19,14 @@ class Denoiser(nn.Module):
     """A model called with the family's inputs, by name or in the order of its table.
 
     The wrapped module is `transformer`; the result is the output tensor, [B, C, H, W] of a denoiser, [B, tokens, C] of
-    a text encoder, float32.
+    a text encoder, float32; or a tuple where the family has several.
     """
 
     def __init__(self, transformer: nn.Module, family: Family, names: tuple[str, ...]) -> None:
         super().__init__()
         self.transformer, self.family, self.names = transformer, family, names
 
-    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         inputs = dict(zip(self.names, args, strict=False)) | named
         missing, unknown = set(self.names) - set(inputs), set(inputs) - set(self.names)
         if missing or unknown:
@@ -34,6 +34,17 @@ class Denoiser(nn.Module):
                 f"{self.family.name} takes {self.names}; missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         return self.family.call(self.transformer, {name: inputs[name] for name in self.names})
+
+    def outputs(self, *args: torch.Tensor, **named: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The result by the names of the family's outputs."""
+        result = self(*args, **named)
+        tensors = result if isinstance(result, tuple) else (result,)
+        return dict(zip(self.family.outputs, tensors, strict=True))
+
+
+def first_output(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Of what a `Denoiser` returns."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def stated_config(module: nn.Module) -> Config:
@@ -47,6 +58,13 @@ class UpcastLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+class UpcastEmbedding(nn.Embedding):
+    """A table that stays in fp16; the rows that are looked up are upcast to float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).float()
 
 
 def linear_like(linear: nn.Linear, weight: torch.Tensor, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:

@@ -15,6 +15,7 @@ from export.models.config import MOST_SHOWN
 from export.models.families import Config
 
 logger = logging.getLogger(__name__)
+OF_THE_POOLER = "of BERT's pooler, which no pipeline reads"
 # Keys of no encoder, and what they are about.
 HARMLESS = {
     "architectures": "the class, which is read",
@@ -30,6 +31,13 @@ HARMLESS = {
     "tie_word_embeddings": "of a decoder",
     "scale_decoder_outputs": "of a decoder",
     "decoder_start_token_id": "of a decoder",
+    "dropout": "of training",
+    "gradient_checkpointing": "of training",
+    "pooler_fc_size": OF_THE_POOLER,
+    "pooler_num_attention_heads": OF_THE_POOLER,
+    "pooler_num_fc_layers": OF_THE_POOLER,
+    "pooler_size_per_head": OF_THE_POOLER,
+    "pooler_type": OF_THE_POOLER,
 }
 # Their values are read by nobody, but these would ask for another computation.
 MUST_BE: Config = {
@@ -37,6 +45,8 @@ MUST_BE: Config = {
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
     "pruned_heads": {},
+    "position_embedding_type": "absolute",
+    "directionality": "bidi",
 }
 
 

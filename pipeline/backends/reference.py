@@ -238,7 +238,7 @@ class AttentionDenoiser(Denoiser):
         self.formats, self.centre = formats, centre
         self.before: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         with attention_calls(self.transformer, self._replace):
             return super().forward(*args, **named)
 
@@ -317,7 +317,6 @@ class ReferenceEngine:
         self.module, self.dtype = module, dtype
         self.lock = threading.Lock()
         self.declared = declared_inputs(module)
-        self.output = module.family.output if isinstance(module, Denoiser) else "sample"
 
     def run(self, inputs: Arrays) -> Arrays:
         """Float inputs are converted to the engine's type; the output has that type. Raises RecipeError for inputs that
@@ -327,7 +326,9 @@ class ReferenceEngine:
             feeds.check_feeds(self.declared, inputs, cast=True, bounded=False)
         tensors = {name: self._tensor(value) for name, value in inputs.items()}
         with self.lock, torch.inference_mode():
-            return {self.output: self.module(**tensors).numpy()}
+            if not isinstance(self.module, Denoiser):
+                return {"sample": self.module(**tensors).numpy()}
+            return {name: output.numpy() for name, output in self.module.outputs(**tensors).items()}
 
     def _tensor(self, value: NDArray[np.generic]) -> torch.Tensor:
         """A copy, so that the caller may overwrite what it passed."""

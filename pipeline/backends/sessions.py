@@ -90,7 +90,7 @@ def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arr
         if (reason := refusal(error)) is None:
             raise
         if type(error).__name__ == "InvalidArgument":
-            remedy = "give numbers that the model knows, such as classes that it was trained on"
+            remedy = "give numbers that the model knows, such as classes that it was trained on, or fewer tokens"
             raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
         remedy = "verify the bundle, or build it again"
         raise ContractError(f"the engine's graph fails in onnxruntime ({reason}); {remedy}") from error

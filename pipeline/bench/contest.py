@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from export.models.description import Description, sample_inputs
 from pipeline import machine
 from pipeline.backends import BACKENDS, tool_versions
-from pipeline.backends.base import Arrays, only
+from pipeline.backends.base import Arrays
 from pipeline.bench.convert import FloatModel
 from pipeline.bench.measure import CALL_ROUNDS, CALLS_BUDGET_S, Spread, Timing, shown_milliseconds, shown_times
 from pipeline.bench.peers import Entry, entries, reference
@@ -145,9 +145,10 @@ def _started(entry: Entry, given: Given, folder: Path, loads: int, warm: bool, s
 
 
 def _sqnr_db(expected: Arrays | None, outputs: Arrays) -> float | None:
-    if not np.isfinite(only(outputs)).all():
+    """Of the first output, which is all that peers are asked for."""
+    if not all(np.isfinite(output).all() for output in outputs.values()):
         raise WorkerError("its outputs are not all finite")
-    value = math.inf if expected is None else sqnr_db(only(expected), only(outputs))
+    value = math.inf if expected is None else sqnr_db(*(next(iter(of.values())) for of in (expected, outputs)))
     return value if math.isfinite(value) else None
 
 

@@ -128,12 +128,14 @@ class TorchRunner:
     def run(self, inputs: Arrays) -> Arrays:
         import torch
 
+        from export.models.torch_modules import first_output
+
         tensors = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.names]
         torch.set_num_threads(self.threads)
         # A compiled module is made for calls without gradients, not for tensors of inference mode.
         without_gradients = torch.no_grad() if self.precision == "int8" else torch.inference_mode()
         with without_gradients, torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return {"sample": self.module(*tensors).float().numpy()}
+            return {"sample": first_output(self.module(*tensors)).float().numpy()}
 
     def forget(self) -> None:
         """It keeps nothing."""

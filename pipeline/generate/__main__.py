@@ -159,7 +159,7 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
     whole = (args.bundle / PIPELINE_FILE).is_file()
     bundle = None if whole else load(args.bundle, args.threads)
     if bundle is not None:
-        bundle.refuse_text_encoder()
+        bundle.refuse_other_part()
     if bundle is not None and not makes_pixels(bundle):
         from pipeline.generate.latent import draw_latent
 

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 Run = Callable[[Arrays], Arrays]
 DType = TypeVar("DType", bound=np.generic)
-# A model below this size is verified on at least SMALL_PICTURES pictures, a larger one on the recipe's batch.
-SMALL_PARAMETERS, SMALL_PICTURES = 50_000_000, 4
+# A model below this size is verified on at least SMALL_PICTURES pictures, each of several steps, or on SMALL_PROMPTS
+# prompts; a larger one on the recipe's batch. Flips hit few samples of a small model: the median of four says little.
+SMALL_PARAMETERS, SMALL_PICTURES, SMALL_PROMPTS = 50_000_000, 4, 16
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ AnyCase = Case | TextCase
 
 def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> AnyCase:
     """As `described_case`. pictures: 0 for as many as a verification of this model needs."""
-    least = recipe.sampling.batch_size
-    return described_case(model, recipe, pictures or (least if is_large(model) else max(least, SMALL_PICTURES)))
+    least, small = recipe.sampling.batch_size, SMALL_PICTURES if model.family.steps else SMALL_PROMPTS
+    return described_case(model, recipe, pictures or (least if is_large(model) else max(least, small)))
 
 
 def described_case(model: Description, recipe: Recipe, count: int) -> AnyCase:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from export.models.description import end_prompts
 from pipeline.backends.base import Arrays, only
 from pipeline.distance import Array, sqnr_db
 from pipeline.generate.case import AnyCase, Case, Run, TextCase, is_large
@@ -125,14 +126,15 @@ def _prompts(spec: PoolSpec, model: LoadedModel, case: TextCase, count: int) -> 
     from export.models.load import sample_inputs
 
     tokens = _tokens(spec, model, case.call)
-    if spec.name == LONGEST:
-        tokens = max(tokens, model.config.get("relative_attention_max_distance", 0) + ODD_TOKENS)
+    if spec.name == LONGEST and (reach := model.config.get("relative_attention_max_distance")):
+        tokens = max(tokens, reach + ODD_TOKENS)
     inputs = sample_inputs(model, count, 1 + POOLS.index(spec), tokens=tokens)
     for row in model.inputs:
         if row.fill == "mask":
             mask = _masks(inputs[row.name].shape, spec.first_mask)
             mask[:, 0] = 1  # a prompt has a token at least, its end
             inputs[row.name] = mask.astype(row.dtype)
+    end_prompts(model, inputs)
     return inputs
 
 
@@ -165,7 +167,7 @@ def _pictures(spec: PoolSpec, model: LoadedModel, case: Case, times: Sequence[fl
 def _tokens(spec: PoolSpec, model: LoadedModel, condition: Arrays) -> int:
     """Caption length of a pool; the longest is the family's own, or the case's condition's where that is longer."""
     lengths = [condition[row.name].shape[1] for row in model.inputs if "tokens" in row.shape]
-    return {ONE: 1, ODD: ODD_TOKENS, LONGEST: max([model.family.tokens, *lengths])}[spec.name]
+    return {ONE: 1, ODD: ODD_TOKENS, LONGEST: max([model.tokens, *lengths])}[spec.name]
 
 
 def _masks(shape: tuple[int, ...], first: int) -> Array:

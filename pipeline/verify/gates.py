@@ -370,8 +370,7 @@ def segments_gate(target: str, rows: Sequence[SegmentResult]) -> Gate:
     why = "every stretch between quantized linears within what rounding does in it, on the engine's own tensors"
     first = next((row for row in rows if not row.error <= 1), None)
     if first is not None:
-        layer = first.layer or "the output"
-        why += f"; first over its limit: the stretch up to {layer}, in {first.call}: {first.diagnosis}"
+        why += f"; first over its limit: the stretch up to {first.end}, in {first.call}: {first.diagnosis}"
     elif not rows:
         why += "; none was judged: linears are missing, see coverage"
     error = max((row.error for row in rows), default=math.nan)

@@ -226,7 +226,7 @@ def _layers_plot(rows: Mapping[str, list[LayerResult]]) -> Plot:
 
 
 def _stretches_plot(rows: Mapping[str, list[SegmentResult]]) -> Plot:
-    names = [row.layer or "output" for row in next(iter(rows.values()), [])]
+    names = [row.layer or row.output or "output" for row in next(iter(rows.values()), [])]
     series = _series(rows, "error", "{}: error over its limit")
     title = "stretch that ends at the linears of a block"
     return Plot(series, names, _block_ticks(names), title, "1 is the limit")

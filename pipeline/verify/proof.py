@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph, only
+from pipeline.backends.base import Arithmetic, Arrays, Engine, LoweredGraph
 from pipeline.backends.feeds import TooLargeError
 from pipeline.backends.side_by_side import side_by_side
 from pipeline.generate.case import AnyCase, Run, TextCase, is_large
@@ -234,7 +234,7 @@ def tables_gate(target: str, model: LoadedModel, probed: ProbedGraph) -> list[Ga
     import torch
 
     tables = {path: part for path, part in model.module.named_modules() if isinstance(part, torch.nn.Embedding)}
-    other = [path for path, part in tables.items() if not probed.holds(part.weight.detach().float().numpy())]
+    other = [path for path, part in tables.items() if not probed.holds(part.weight.detach().numpy())]
     why = "embedding tables that stand in the graph number for number, of all that the model has"
     why += f"; {other[0]} does not, for any call: it was rounded or changed on the way there" if other else ""
     count = len(tables)
@@ -320,7 +320,7 @@ def layer_results(
         )
         results.append(result)
     if segments is not None:
-        segments.end([only(tensors) for tensors in outputs])
+        segments.end(outputs)
     return results
 
 

@@ -111,7 +111,7 @@ class StepResult:
 @dataclass(frozen=True)
 class SegmentResult:
     """The worst call of one stretch: the one that ends at the input of the quantized linear `layer`, None for the
-    one that ends at the model's output.
+    one that ends at the model's output, or at the one called `output` where it has several.
 
     error: over its limit, 1 is the bound. noise_ulps: what rounding does in it, in units of 2^-24 of its result's root
     mean square. call: which one was worst. diagnosis: what is likely wrong; None within the limit.
@@ -123,6 +123,12 @@ class SegmentResult:
     error: float
     noise_ulps: float
     diagnosis: str | None
+    output: str | None = None
+
+    @property
+    def end(self) -> str:
+        """What the stretch ends at, for people."""
+        return self.layer or self.output or "the output"
 
 
 @dataclass

@@ -23,7 +23,7 @@ import numpy as np
 
 from export.errors import ContractError
 from export.formats.operands import HALF_MAX, HALF_ROUNDING, ROUNDING
-from pipeline.backends.base import Arithmetic, Arrays
+from pipeline.backends.base import Arithmetic, Arrays, only
 from pipeline.distance import Array
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe
 from pipeline.verify.oracle import LinearProbe, ratio
@@ -180,9 +180,15 @@ class SegmentCheck:
         for (text, walks), probe in zip(self._walks.items(), probes, strict=True):
             self._stops[text] = [walk.go_on(probe.output) for walk in walks]
 
-    def end(self, outputs: Sequence[Array]) -> None:
-        """Judge the last stretch by the model's output in each call."""
-        self._judge(None, outputs)
+    def end(self, outputs: Sequence[Arrays]) -> None:
+        """Judge the last stretches, one for each output, by the model's outputs in each call."""
+        several = len(outputs[0]) > 1
+        for place in range(len(outputs[0])):
+            if place:
+                self._stops = {text: [walk.next() for walk in walks] for text, walks in self._walks.items()}
+            (name,) = {stop.output for stops in self._stops.values() for stop in stops if isinstance(stop, Stop)}
+            self._judge(None, [of_call[str(name)] if several else only(of_call) for of_call in outputs])
+            self.results[-1] = replace(self.results[-1], output=name if several else None)
 
     def _judge(self, layer: str | None, tensors: Sequence[Array]) -> None:
         linears = {text: [stop for stop in stops if isinstance(stop, Stop)] for text, stops in self._stops.items()}

@@ -23,7 +23,7 @@ from pipeline import machine
 from pipeline.backends.base import Arithmetic, Arrays, only
 from pipeline.backends.side_by_side import side_by_side
 from pipeline.distance import Array, sqnr_db
-from pipeline.generate.case import AnyCase, Case, Run, is_large, make_case
+from pipeline.generate.case import AnyCase, Case, Run, TextCase, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import Setting
@@ -86,7 +86,8 @@ class Study:
     layers are looked at; layer_inputs: float64 reference's input of each linear in them, [rows, K] float32.
     pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
     reference's and the float model's outputs for them. nan_reach: see calls.nan_reach, of the float64 reference.
-    stretches: what segments are compared with. counted: see Family.
+    stretches: what segments are compared with. counted: see Family. units: of a model with several outputs, by name the
+    root mean square of each in the float64 reference's steps, in which they are judged as one.
     """
 
     case: AnyCase
@@ -104,16 +105,20 @@ class Study:
     nan_reach: NDArray[np.bool_] = field(default_factory=lambda: np.ones(0, bool))
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
+    units: Mapping[str, float] = field(default_factory=dict)
     _weights_db: dict[str, float] = field(default_factory=dict)
 
     def judged(self, run: Run) -> Run:
-        """`run` with zeros in the rows of its output that are of no prompt, of a model that has such."""
+        """`run` with zeros in the rows of its output that are of no prompt, of a model that has such, and with several
+        outputs as one, in which each counts alike."""
         counted = self.counted
         if counted is None:
             return run
 
         def counting(inputs: Arrays) -> Arrays:
             rows, outputs = inputs[counted].astype(bool)[..., None], run(inputs)
+            if self.units:
+                outputs = joined(outputs, self.units, rows.shape[1])
             fitting = {name: output for name, output in outputs.items() if output.shape[:-1] == rows.shape[:-1]}
             # Another shape fails by itself.
             return outputs | {name: np.where(rows, output, output.dtype.type(0)) for name, output in fitting.items()}
@@ -175,6 +180,28 @@ class Study:
         return sample_errors(Call(text, text, tuple(range(batch)), self.calls[step], settings), {text: exact}, output)
 
 
+def joined(outputs: Arrays, units: Mapping[str, float], tokens: int) -> Arrays:
+    """Outputs [B, tokens, C], or one row [B, C] which stands for every token then, side by side in their units. The
+    first alone where they do not fit together, of no shape that is expected."""
+    parts = []
+    if set(outputs) != set(units):
+        return dict(list(outputs.items())[:1])
+    for name, unit in units.items():
+        output = outputs[name]
+        part = output if output.ndim == 3 else np.broadcast_to(output[:, None], (len(output), tokens, output.shape[-1]))
+        parts.append(part / output.dtype.type(unit))
+    if len({part.shape[:2] for part in parts}) > 1:
+        return dict(list(outputs.items())[:1])
+    return {"outputs": np.concatenate(parts, axis=-1)}
+
+
+def units_of(outputs: Arrays, counted: NDArray[np.generic]) -> dict[str, float]:
+    """Root mean square of each output, over the rows of prompts where it has rows of tokens."""
+    rows = counted.astype(bool)
+    values = {name: output[rows] if output.ndim == 3 else output for name, output in outputs.items()}
+    return {name: float(np.sqrt(np.mean(np.square(value)))) for name, value in values.items()}
+
+
 def study(
     model: LoadedModel,
     layers: Sequence[QuantizedLinear],
@@ -202,7 +229,11 @@ def study(
     reference.special_calls = make_calls(model, reference.pools)
     reference.stretches = SegmentReference(model, reference.case.cells, attention)
     reference.probed = tuple(sorted({0, reference.case.n_steps - 1}))
-    _run_exact(reference, engine(fake_quant(model, layers, torch.float64, attention), torch.float64))
+    exact = engine(fake_quant(model, layers, torch.float64, attention), torch.float64)
+    if len(model.family.outputs) > 1:
+        assert isinstance(reference.case, TextCase) and reference.counted is not None
+        reference.units = units_of(exact.run(reference.case.call), reference.case.call[reference.counted])
+    _run_exact(reference, exact)
 
     def realise(arithmetic: Arithmetic) -> None:
         single = engine(fake_quant(model, layers, torch.float32, attention), torch.float32)

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a pass stands: before the linear `layer`, with its input x [..., K], or at the end (None) with the model's
-    output."""
+    """Where a pass stands: before the linear `layer`, with its input x [..., K], or at the end (None) with an output of
+    the model, of which it stands at one after the other."""
 
     layer: str | None
     x: Array
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ class Walk:
     def start(self) -> AnyStop:
         """Walk to the first stop."""
         self._thread.start()
-        return self._next()
+        return self.next()
 
     def go_on(self, output: Array | None) -> AnyStop:
         """Take `output`, of a linear [rows, N], of an attention like q (None: zeros), for that of what the pass stands
         at; walk to the next stop."""
         self._outputs.put(output)
-        return self._next()
+        return self.next()
 
     def abandon(self) -> None:
         """End a pass that will not be walked to its end."""
@@ -89,7 +90,8 @@ class Walk:
             self._outputs.put(_AbandonedError())
             self._thread.join()
 
-    def _next(self) -> AnyStop:
+    def next(self) -> AnyStop:
+        """At the end, the next output's."""
         stop = self._stops.get()
         if isinstance(stop, BaseException):
             raise stop
@@ -105,8 +107,9 @@ class Walk:
                 if self._attentions:
                     stack.enter_context(self._stopping_at_attentions())
                 _current.walk = self
-                output = self._module(**self._inputs)
-            self._stops.put(Stop(None, output.numpy()))
+                outputs = self._module.outputs(**self._inputs)
+            for name, output in outputs.items():
+                self._stops.put(Stop(None, output.numpy(), name))
         except _AbandonedError:
             return
         except BaseException as error:  # handed to whoever waits

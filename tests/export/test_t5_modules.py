@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from export import to_onnx
 from export.errors import ModelError, RecipeError
+from export.models import load as loading
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.t5_modules import RelativeAttention
+from pipeline.backends.reference import ReferenceEngine, reference_module
 from tests.support import tiny
 from tests.support.tiny_text import change_config, t5, t5_folder
 
@@ -110,13 +112,18 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, changes: dict[str, ob
         load(str(folder))
 
 
-def test_a_large_table_is_widened_row_by_row(
-    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = sample_inputs(model, 2, 0)
-    outputs = []
+def test_a_large_table_is_widened_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, outputs = t5_folder(tmp_path), []
     for name, least in (("whole", 2**24), ("rows", 128 * 64)):
-        monkeypatch.setattr(to_onnx, "TABLE_ELEMENTS", least)
+        monkeypatch.setattr(loading, "TABLE_ELEMENTS", least)
+        model = load(str(folder))
+        dtype = model.module.get_submodule("shared").weight.dtype
+        assert dtype == {"whole": torch.float32, "rows": torch.float16}[name]
+        inputs = sample_inputs(model, 2, 0)
+        outputs.append(encoded(model, inputs))
+        outputs.append(
+            ReferenceEngine(reference_module(model, {}, torch.float64), torch.float64).run(inputs)["last_hidden_state"]
+        )
         path = tmp_path / name / "model.onnx"
         path.parent.mkdir()
         to_onnx.export_float(model, path)
@@ -126,7 +133,19 @@ def test_a_large_table_is_widened_row_by_row(
         stored = onnx.load(path, load_external_data=False).graph
         table = next(node for node in stored.node if "shared.weight" in node.input)
         assert table.op_type == {"whole": "Cast", "rows": "Gather"}[name]
-    np.testing.assert_array_equal(*outputs)
+        (rows,) = (item for item in stored.initializer if item.name == "shared.weight")
+        assert rows.data_type == onnx.TensorProto.FLOAT16
+    for whole, by_rows in zip(outputs[:3], outputs[3:], strict=True):
+        np.testing.assert_array_equal(whole, by_rows)
+
+
+def test_a_large_table_keeps_what_fp16_cannot_hold() -> None:
+    table = torch.randn(3, 8)
+    held = loading.half_table(table)
+    assert held is not None and torch.equal(held, table.half())
+    assert loading.half_table(table * 1e6) is None and loading.half_table(table.bfloat16() * 1e-9) is None
+    half = table.half()
+    assert loading.half_table(half) is half
 
 
 @pytest.mark.parametrize("keep", [True, False])

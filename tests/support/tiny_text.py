@@ -1,4 +1,4 @@
-"""Tiny T5 encoders of transformers' true classes, saved to disk by the test that needs them. Two layers, width 64."""
+"""Tiny text encoders of transformers' true classes, saved to disk by the test that needs them. Two layers, width 64."""
 
 from __future__ import annotations
 
@@ -31,6 +31,65 @@ def t5_folder(parent: Path, seed: int = 0, shard_size: str = "10GB", **changes: 
     """Save one as a pipeline has it, in fp16; returns its folder."""
     path = parent / "text_encoder"
     t5(seed, **changes).half().save_pretrained(path, max_shard_size=shard_size)
+    return path
+
+
+CLIP: dict[str, Any] = dict(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    projection_dim=32, bos_token_id=126, eos_token_id=127, pad_token_id=1,
+)  # fmt: skip
+
+
+def clip(seed: int = 0, kind: str = "CLIPTextModel", **changes: Any) -> Any:
+    """The torch module with random weights that fp16 holds, in float32. kind: CLIPTextModel, with or without
+    WithProjection."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.CLIPTextConfig(**CLIP | changes)
+    return randomized(getattr(transformers, kind)(config))
+
+
+def randomized(module: Any) -> Any:
+    """Weights by which attention has preferences, and every bias, norm and position counts; fp16 holds them."""
+    module.eval().requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        part = name.rpartition(".")[2]
+        if parameter.ndim == 2:
+            table = "embedding" in name
+            parameter.normal_(0, 1 if table else 1.5 / parameter.shape[1] ** 0.5)
+        else:
+            parameter.normal_(0 if part == "bias" else 1, 0.2)
+    return module.half().float()
+
+
+def clip_folder(parent: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save one as a pipeline has it, in fp16; returns its folder."""
+    path = parent / "text_encoder"
+    clip(seed, **changes).half().save_pretrained(path)
+    return path
+
+
+BERT: dict[str, Any] = dict(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=96,
+)  # fmt: skip
+
+
+def bert(seed: int = 0, **changes: Any) -> Any:
+    """The torch module with random weights that fp16 holds, in float32."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    return randomized(transformers.BertModel(transformers.BertConfig(**BERT | changes)))
+
+
+def bert_folder(parent: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save one as a pipeline has it, in fp16; returns its folder."""
+    path = parent / "text_encoder"
+    bert(seed, **changes).half().save_pretrained(path)
     return path
 
 

@@ -210,7 +210,7 @@ def stops_of(model: Any, change: Any = None) -> Any:
                 segments.at(name, [SimpleNamespace(x=stop.x, output=output)])  # type: ignore[list-item]
             stop = engine.go_on(output)
         assert isinstance(stop, Stop) and stop.layer is None
-        segments.end([stop.x])
+        segments.end([{"sample": stop.x}])
     return reference, segments.results
 
 

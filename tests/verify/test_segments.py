@@ -125,7 +125,7 @@ def _check(model: models.LoadedModel, change: Any = None) -> list[Any]:
 
                 probe = replace(probe, x=change(name, probe.x))
             segments.at(name, [probe])
-        segments.end([output if change is None else change(None, output)])
+        segments.end([{"sample": output if change is None else change(None, output)}])
     return segments.results
 
 

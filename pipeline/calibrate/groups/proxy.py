@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from export.models.torch_modules import first_output
 from pipeline.backends.base import Arrays
 from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.blocks import tensors
@@ -74,4 +75,4 @@ class _Proxy:
     def _outputs(self, module: nn.Module) -> list[NDArray[np.float32]]:
         # sums of float32 depend on how many threads share them, and scores must not
         with torch.inference_mode(), single_threaded_torch():
-            return [module(**call)[:, : self.channels].numpy() for call in self.calls]
+            return [first_output(module(**call))[:, : self.channels].numpy() for call in self.calls]
