@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import record
 from benchmarks.record import Json
 from pipeline import machine
@@ -33,7 +35,7 @@ def drawn(bundle: str, n_steps: int, keep_loaded: bool, threads: int | None) -> 
         output = pipeline(PROMPT, num_inference_steps=n_steps, output_type="np")
         ended = time.perf_counter()
         size = [pipeline.height, pipeline.width]
-    assert output.images.shape[1:3] == tuple(size)
+    assert np.asarray(output.images).shape[1:3] == tuple(size)
     return {
         "pixels": size,
         "open_s": loaded - started,

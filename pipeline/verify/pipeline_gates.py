@@ -163,11 +163,11 @@ def _prompts(folder: PipelineFolder) -> list[str]:
 def _drawn(source: PipelineSource, prompts: Sequence[str]) -> NDArray[np.float32]:
     """Ours, [B, H, W, 3] from 0 to 1; the picture of each prompt has a seed of its own."""
     model = LatentModel(source, keep_loaded=True)
-    pictures = [
-        Pipeline(model)(prompt, num_inference_steps=STEPS, seed=SEED + i, output_type="np").images
+    outputs = [
+        Pipeline(model)(prompt, num_inference_steps=STEPS, seed=SEED + i, output_type="np")
         for i, prompt in enumerate(prompts)
     ]
-    return np.concatenate(pictures)
+    return np.concatenate([np.asarray(output.images, np.float32) for output in outputs])
 
 
 def _diffusers_pictures(
