@@ -8,7 +8,6 @@ from pathlib import Path
 
 from export.documents import shown
 from export.errors import ModelError, RecipeError
-from export.models.families import FAMILIES
 from export.models.sources import find
 from pipeline.generate.convert_tokenizer import CLASSES as TOKENIZERS
 from pipeline.generate.convert_tokenizer import refuse_tokenizer
@@ -21,8 +20,15 @@ SCHEDULER = "scheduler"
 # THE table of autoencoders: class in diffusers -> components that it becomes, which are also the recipes that they
 # begin with, and whether they are built unless the recipe or --component asks for them.
 AUTOENCODERS = {"AutoencoderKL": ((DECODER, True), (ENCODER, False))}
-TEXT_ENCODERS = tuple(row.class_name for row in FAMILIES.values() if row.library == "transformers")
-TEXT_RECIPE = "t5_w4a8"
+# THE table of text encoders: class in transformers -> the recipe that it begins with.
+TEXT_ENCODERS = {
+    "T5EncoderModel": "t5_w4a8",
+    "MT5EncoderModel": "t5_w4a8",
+    "UMT5EncoderModel": "t5_w4a8",
+    "CLIPTextModel": "clip_w4a8",
+    "CLIPTextModelWithProjection": "clip_w4a8",
+    "BertModel": "bert_w4a8",
+}
 # Parts that drawing does without, by class, and why.
 LEFT_OUT = {
     "StableDiffusionSafetyChecker": "it judges finished pictures; run it on them if you need it",
@@ -102,7 +108,7 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
                 part = Part(component, _recipe(recipe, component, component, folder))
                 (parts if by_default or component in recipe.components else added).append(part)
         elif class_name in TEXT_ENCODERS:
-            parts.append(Part(name, _recipe(recipe, name, TEXT_RECIPE, folder)))
+            parts.append(Part(name, _recipe(recipe, name, TEXT_ENCODERS[class_name], folder)))
         elif class_name.removesuffix("Fast") in TOKENIZERS:
             refuse_tokenizer(folder, class_name)
             tokenizers[name] = class_name

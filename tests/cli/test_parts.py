@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from export.errors import ModelError, RecipeError
+from export.models.families import FAMILIES
 from pipeline import recipe as recipes
 from pipeline.build import main as build
-from pipeline.parts import is_whole, read_folder
+from pipeline.parts import AUTOENCODERS, TEXT_ENCODERS, is_whole, read_folder
 
 PARTS = {
     "transformer": ["diffusers", "PixArtTransformer2DModel"],
@@ -59,6 +60,12 @@ def test_a_component_has_a_table_of_its_own_in_the_recipe(tmp_path: Path) -> Non
     by_name = {part.name: part.recipe for part in folder.parts}
     assert by_name["text_encoder"].formats.activation == "E3M4" and by_name["text_encoder"].formats.weight == "E2M1"
     assert "vae_encoder" in by_name and by_name["transformer"].components == {}
+
+
+def test_every_text_encoder_has_a_recipe() -> None:
+    known = {row.class_name for row in FAMILIES.values() if row.library == "transformers"}
+    assert set(TEXT_ENCODERS) == known and set(TEXT_ENCODERS.values()) <= set(recipes.recipe_names())
+    assert {row.class_name for row in FAMILIES.values() if row.half is not None} == set(AUTOENCODERS)
 
 
 WRONG = {
