@@ -50,6 +50,9 @@ def recipes() -> str:
     """One row for each bundled recipe."""
     rows = []
     for recipe in map(load, recipe_names()):
+        if recipe.half is not None:
+            rows.append([f"`{recipe.name}`", f"`{recipe.model}`", "not quantized", *["-"] * 3])
+            continue
         weights = [recipe.formats.weight, *(f"{kind}: {name}" for kind, name in recipe.formats.weight_of.items())]
         scales = recipe.weights.scales_text()
         formats = (", ".join(weights), recipe.formats.activation, recipe.attention.text())

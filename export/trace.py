@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,8 @@ from export.quantize_graph import PLACEHOLDER
 IR_VERSION = 10
 MODULE_PREFIX = "transformer."
 ATTENTION = "QuantizedAttention"
+# A node of the trace alone: what it passes on ends a stretch, and gets the name of the part that computed it.
+STRETCH_END = "StretchEnd"
 # Tables of sines and positions stay below this many elements; larger constants are not computed at export.
 FOLD_LIMIT = 1 << 20
 # Shapes of Reshape as constants, and what torch's view and slice calls leave behind.
@@ -70,11 +72,16 @@ def trace(
     Dynamic axes are those of the rows. Parameters and buffers of the module become graph inputs behind the rows.
     attention: formats in which it is quantized, each one node of the dialect then; None: in float32, in plain ops.
     """
-    with attention_calls(module.transformer, partial(_quantized_attention, attention)) if attention else nullcontext():
+    part = module.transformer
+    watched = attention_calls(part, partial(_quantized_attention, attention)) if attention else _ends_marked(part)
+    with watched:
         program = exported(module, rows, samples)
     _drop_vain_squeezes(program)
     names = [row.name for row in rows]
-    table: dict[Callable, Callable] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
+    table: dict[Callable, Callable] = {
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
+        torch.ops.aten.group_norm.default: _group_norm,
+    }
     with _quiet():
         onnx_program = torch.onnx.export(
             program, (), dynamo=True, input_names=names, output_names=list(module.family.outputs), opset_version=OPSET,
@@ -87,6 +94,8 @@ def trace(
     model.graph.name = module.family.noun
     _name_axes(model, rows)
     _name_attentions(model.graph)
+    _name_stretches(model.graph)
+    common.RemoveUnusedOpsetsPass()(model)
     return model
 
 
@@ -151,6 +160,43 @@ def _attention(
     if attn_mask is not None:
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _group_norm(
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    """A norm of each group by itself, then a factor and an offset for each channel. The exporter's own form computes a
+    variance as a difference of means of squares, which cancels where a group's mean is far from zero."""
+    rows = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))  # [B, groups, all numbers of one]
+    ones, zeros = (op.Constant(value_floats=[value] * num_groups) for value in (1.0, 0.0))
+    result = op.Reshape(op.InstanceNormalization(rows, ones, zeros, epsilon=eps), op.Shape(x))
+    per_channel = op.Constant(value_ints=[-1, *[1] * (len(x.shape) - 2)])
+    if weight is not None:
+        result = op.Mul(result, op.Reshape(weight, per_channel))
+    return result if bias is None else op.Add(result, op.Reshape(bias, per_channel))
+
+
+@contextmanager
+def _ends_marked(module: nn.Module) -> Iterator[None]:
+    """Within, what the parts of an autoencoder that end a stretch compute goes through a node with their name."""
+    from export.models.autoencoder_modules import stretch_ends
+
+    def mark(path: str, result: torch.Tensor) -> torch.Tensor:
+        domain_op, choices = f"{DOMAIN}::{STRETCH_END}", {"layer": path}
+        return torch.onnx.ops.symbolic(
+            domain_op, (result,), choices, dtype=result.dtype, shape=result.shape, version=VERSION
+        )
+
+    with ExitStack() as stack:
+        for path, part in stretch_ends(module).items():
+            hook = partial(lambda path, _module, _inputs, result: mark(path, result), path)
+            stack.callback(part.register_forward_hook(hook).remove)
+        yield
 
 
 @contextmanager
@@ -232,3 +278,14 @@ def _name_attentions(graph: ir.Graph) -> None:
         if is_op(node, ATTENTION, DOMAIN):
             node.name = str(attribute(node, "layer"))
             result_of(node).name = f"{node.name}/output"
+
+
+def _name_stretches(graph: ir.Graph) -> None:
+    """The tensors at marks, which go, are called "part/output" by the module path of the part."""
+    for node in list(graph):
+        if is_op(node, STRETCH_END, DOMAIN):
+            (value,), layer = node.inputs, attribute(node, "layer")
+            assert value is not None, f"a mark of {layer} without an input"
+            ir.convenience.replace_all_uses_with(result_of(node), value)
+            value.name = f"{layer}/output"
+            graph.remove(node, safe=True)

@@ -35,6 +35,8 @@ WIDE_BUYS = "the published recipe; wider than INT8 and E4M3, so two 8-bit GEMMs 
 
 def worth(recipe: Recipe) -> str:
     """What the widths of a recipe buy, in one sentence."""
+    if recipe.half is not None:
+        return "Weights are fp16 on disk where they fit, sums float32."
     weight, activation = get_format(recipe.formats.weight), get_format(recipe.formats.activation)
     fits = exact_in(weight.name, activation.name)
     wide = not any(embeds(activation.name, name) for name in ("INT8", "E4M3"))
@@ -94,7 +96,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
 def tables(bundled: Sequence[Recipe]) -> list[Part]:
     """The answer for people."""
-    recipe_rows = [(row.name, row.model, _formats(row), row.weights.scales_text()) for row in bundled]
+    recipe_rows = [(row.name, row.model, _formats(row), _scales(row)) for row in bundled]
     notes = [(row.name, f"{row.description}. {worth(row)}") for row in bundled]
     methods = [(row.name, _data(row), row.summary) for row in METHODS.values()]
     options = [(row.name, _options(row.options)) for row in METHODS.values() if row.options]
@@ -120,10 +122,16 @@ def _options(options: Mapping[str, Option]) -> str:
 
 
 def _formats(recipe: Recipe) -> str:
+    if recipe.half is not None:
+        return "not quantized"
     formats = recipe.formats
     special = "".join(f", {kind} {name}" for kind, name in formats.weight_of.items())
     attention = "" if recipe.attention.formats is None else f", attention {recipe.attention.text()}"
     return f"{formats.weight} x {formats.activation}{special}{attention}"
+
+
+def _scales(recipe: Recipe) -> str:
+    return recipe.weights.scales_text() if recipe.half is None else "-"
 
 
 def make_parser() -> Parser:

@@ -115,7 +115,7 @@ def changed(folder: Path, parent: Path, **values: object) -> Path:
         ({"block_out_channels": [8, 16, 2**14]}, "block_out_channels"),
         ({"latent_channels": 8}, "has shape .*config.json asks for"),
         ({"act_fn": "maxout"}, "AutoencoderKL refuses it"),
-        ({"tiles": 4}, 'AutoencoderKL does not know "tiles"'),
+        ({"tiles": 4}, "AutoencoderKL does not know 'tiles': 4"),
     ],
 )
 def test_another_configuration_is_refused(folder: Path, tmp_path: Path, values: dict[str, object], words: str) -> None:

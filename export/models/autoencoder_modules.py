@@ -7,7 +7,7 @@ have masks, and their blocks divide by a factor of 1, a pass over every number o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -73,11 +73,17 @@ class SpatialAttention(nn.Module):
         return x + result.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-REPLACEMENTS: dict[str, Callable[..., nn.Module]] = {
+REPLACEMENTS: dict[str, type[Upsampling] | type[ResidualBlock] | type[SpatialAttention]] = {
     "Upsample2D": Upsampling,
     "ResnetBlock2D": ResidualBlock,
     "Attention": SpatialAttention,
 }
+
+
+def stretch_ends(module: nn.Module) -> dict[str, nn.Module]:
+    """Parts of an exportable half whose result is all that goes on to the next, by their paths in `module`."""
+    ends = tuple(REPLACEMENTS.values())
+    return {path: part for path, part in module.named_modules() if isinstance(part, ends)}
 
 
 def exportable_half(module: AutoencoderKL, absent: Collection[str]) -> AutoencoderKL:

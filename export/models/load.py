@@ -484,7 +484,7 @@ def denoiser(model: LoadedModel, replacements: Mapping[str, nn.Module] | None = 
     """
     from export.models.torch_modules import Denoiser, with_modules
 
-    module = with_modules(model.module, replacements) if replacements else model.module
+    module = model.module if replacements is None else with_modules(model.module, replacements)
     return Denoiser(module, model.family, tuple(row.name for row in model.inputs)).eval()
 
 

@@ -157,12 +157,12 @@ def float_model(recipe: Recipe, named: bool) -> LoadedModel | None:
 
 
 def description(bundle: Bundle) -> Description:
-    """Of the denoiser in a bundle, by its own files. Raises EnvironmentLacksError for a family outside the table."""
+    """Of the model in a bundle, by its own files. Raises EnvironmentLacksError for a family outside the table."""
     family, config = str(bundle.manifest["model"]["family"]), bundle.config()
     if family not in FAMILIES:
         machine.require_compiler(f"measuring a model of the family {family}")
     stated_inputs(FAMILIES[family], config, bundle.path / CONFIG)  # refuses a key that is missing
-    if "patch_size" not in config:
+    if FAMILIES[family].steps and "patch_size" not in config:
         raise ContractError(f"{bundle.path / CONFIG} lacks 'patch_size', by which sizes are checked; build it again")
     return Description(FAMILIES[family], config, bundle.path, str(bundle.path))
 

@@ -1,5 +1,5 @@
 """What an engine is verified and measured on: pictures of a denoiser by prompts, noise and sampler, or prompts that a
-text encoder is called with."""
+text encoder is called with. An autoencoder, which is measured alone by it, is called with random numbers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ def make_case(model: LoadedModel, recipe: Recipe, pictures: int = 0) -> AnyCase:
 
 
 def described_case(model: Description, recipe: Recipe, count: int) -> AnyCase:
-    """As `picture_case`; of a text encoder random ids of as many prompts, of random lengths."""
+    """As `picture_case`; of a text encoder random ids of as many prompts, of random lengths, of an autoencoder as many
+    random inputs."""
     if model.family.steps:
         return picture_case(model, recipe, count)
     return TextCase(("random",) * count, sample_inputs(model, count, recipe.sampling.seed), model.shared)

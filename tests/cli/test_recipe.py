@@ -38,7 +38,6 @@ OTHER = {
     "description": "words",
     "model_variant": "fp16",
     "model_config": "config.json",
-    "half": "decoder",
     "formats.weight": "INT4",
     "formats.activation": "INT8",
     "formats.weight_of": {"ff.in": "E3M0"},
@@ -77,6 +76,7 @@ ONLY_ONE = {
     "calibrate.options",
     "attention.qk",
     "attention.pv",
+    "half",
 }  # keys whose other legal values need other keys
 WRONG_TYPES = (True, [1, "a"], {"x": 1}, 1.5, 7, "text")
 

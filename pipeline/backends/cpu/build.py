@@ -43,9 +43,11 @@ def lower(
     lowering(model)
     requires = set(lowering.needs)
     if options.path == "fused" and fuse_chains(model, lowering):
-        HalfGemms()(model)
         requires.add(library.requirement())
-    FoldWeights()(model)
+        if quantized:
+            HalfGemms()(model)
+    if quantized:  # else weights are those of convolutions: float16 in the file, widened once by onnxruntime
+        FoldWeights()(model)
     (work_dir / metadata_file.NAME).write_text(json.dumps({"requires": sorted(requires)}) + "\n", encoding="utf-8")
     return save_lowered(model, work_dir, lowering)
 
