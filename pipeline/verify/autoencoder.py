@@ -134,7 +134,7 @@ class Reference:
         tensors = {name: f"{name}/output" for name in names if name is not None}
         if missing := next((name for name, tensor in tensors.items() if tensor not in probed.produced), None):
             return [SegmentResult(target, missing, call.text, np.inf, 0.0, f"the graph has no {tensors[missing]}")]
-        output = self.model.family.output
+        (output,) = self.model.family.outputs
         computed = probed.cut([*tensors.values(), output], {})(call.inputs)
         own = {name: computed[tensor] for name, tensor in tensors.items()}
         every = zip(*self._passes(call.inputs, own), strict=True)
