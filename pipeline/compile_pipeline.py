@@ -21,7 +21,7 @@ from pipeline.backends import PORTABLE, tool_versions
 from pipeline.bundle import manifest, pipeline_bundle
 from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.manifest_schema import File
-from pipeline.bundle.pipeline_bundle import is_pipeline
+from pipeline.bundle.pipeline_bundle import Component, PipelineManifest, is_pipeline
 from pipeline.bundle.stages import WorkFolder, refuse_interrupted, timed
 from pipeline.compiler import BuildRequest, Prepared, compile_prepared, prepare, refuse_existing
 from pipeline.files import (
@@ -65,7 +65,9 @@ def compile_pipeline(request: BuildRequest, only: str | None = None) -> Path:
             take_over_others(request.output, work.bundle)
         write_others(folder, work.bundle)
         proven(request, folder, work)
-        write_json(work.bundle / PIPELINE_FILE, composed(request, folder, work))
+        document = composed(request, folder, work)
+        stages = [asdict(row) for row in document["stages"]]
+        write_json(work.bundle / PIPELINE_FILE, {**document, "stages": stages})
         publish(work.bundle, request.output, aside=work.path / "replaced")
         work.keeps = False
     return request.output
@@ -171,10 +173,10 @@ def proven(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> N
     from pipeline.verify.pipeline_gates import pipeline_report
 
     remove(work.bundle / REPORT)
-    write_json(work.bundle / PIPELINE_FILE, composed(request, folder, work))
 
     def prove() -> Report:
-        return pipeline_report(pipeline_bundle.load_pipeline(work.bundle), folder)
+        # pipeline.json is written last: it seals the folder, in which an interrupted build goes on
+        return pipeline_report(pipeline_bundle.opened(work.bundle, composed(request, folder, work)), folder)
 
     report, spent = timed("pipeline", prove, request.listener)
     work.times.append(spent)
@@ -190,7 +192,7 @@ def proven(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> N
         logger.info("pipeline/%s: %g %s, limit %g", gate.name, gate.value, gate.unit, gate.limit)
 
 
-def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> dict[str, object]:
+def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> PipelineManifest:
     """pipeline.json of the finished folder."""
     bundle = work.bundle
     names = [path.name for path in sorted(bundle.iterdir()) if (path / MANIFEST_FILE).is_file()]
@@ -198,7 +200,7 @@ def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) ->
     files: dict[str, File] = {
         name: {"size": (bundle / name).stat().st_size, "sha256": sha256(bundle / name)} for name in own
     }
-    components = {
+    components: dict[str, Component] = {
         name: {"engine": manifest.read(bundle / name)["engine"], "sha256": sha256(bundle / name / MANIFEST_FILE)}
         for name in names
     }
@@ -216,5 +218,5 @@ def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) ->
         "code": machine.code_version(),
         "machine": machine.facts(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "stages": [asdict(row) for row in work.times],
+        "stages": list(work.times),
     }

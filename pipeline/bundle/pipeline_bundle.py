@@ -122,8 +122,11 @@ def load_pipeline(path: str | Path, threads: int | None = None) -> PipelineBundl
     threads: of an engine's call on the CPU; None: what the machine allows. Raises ContractError for one that is damaged
     or of another version.
     """
-    folder = Path(path)
-    manifest = read(folder)
+    return opened(Path(path), read(Path(path)), threads)
+
+
+def opened(folder: Path, manifest: PipelineManifest, threads: int | None = None) -> PipelineBundle:
+    """The pipeline bundle in `folder` that `manifest` describes, verified as by `load_pipeline`."""
     own = {name: folder / name for name in tree(folder) if name.split("/")[0] not in manifest["components"]}
     verify_listed(folder, own.keys() - {PIPELINE_FILE}, manifest["files"], PIPELINE_FILE)
     components = {}

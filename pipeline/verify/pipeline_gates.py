@@ -224,9 +224,10 @@ def _noise_of(scheduler: object, noise: SeededNoise, latents: Any, pipe: object)
 
 def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: PipelineFolder) -> DiffusionPipeline:
     """The diffusers pipeline of a folder with `parts` in the place of its denoiser and text encoders. Its autoencoder
-    is its own: no part of that is quantized."""
+    is its own, with the weights that engines store: no part of that is quantized."""
     import diffusers
 
+    from export.models.load import stored_value
     from pipeline.generate.diffusers_adapter import DrawnSize, EngineTransformer
     from pipeline.generate.text_stand_in import EngineTextEncoder
 
@@ -240,9 +241,12 @@ def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: Pipeli
         elif name in bundle.components:
             named[name] = EngineTextEncoder(Shared(parts, name), bundle.components[name].config())
         elif class_name in AUTOENCODERS:
-            named[name] = getattr(diffusers, class_name).from_pretrained(
+            autoencoder = getattr(diffusers, class_name).from_pretrained(
                 folder.root / name, variant=shared_variant(folder.root), local_files_only=True
             )
+            stored = {key: stored_value(key, tensor) for key, tensor in autoencoder.state_dict().items()}
+            autoencoder.load_state_dict(stored)
+            named[name] = autoencoder
         elif name in folder.tokenizers:
             named[name] = read_tokenizer(folder.root / name, class_name)
         elif name in folder.left_out:
