@@ -135,7 +135,7 @@ class Pipeline:
             negative,
             self.input_images(image),
             STRENGTH if strength is None else strength,
-            () if latents is None else tuple(np.asarray(latents, np.float32)),
+            _noise(latents),
         )
         images: list[Image] = []
         arrays: list[FloatArray] = []
@@ -240,6 +240,16 @@ def _prompts(prompt: str | Sequence[str] | None, class_labels: Sequence[int] | N
     if prompt is None:
         raise RecipeError("no prompt was given; give at least one")
     return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+
+
+def _noise(latents: object) -> tuple[FloatArray, ...]:
+    """Of each picture, [C, h, w] float32. Raises RecipeError for what is no batch of numbers."""
+    if latents is None:
+        return ()
+    if not isinstance(latents, np.ndarray) or latents.ndim != 4 or latents.dtype.kind != "f":
+        kind = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else type(latents).__name__
+        raise RecipeError(f"latents of {kind}; give an array of floats [B, C, h, w]")
+    return tuple(latents.astype(np.float32))
 
 
 def as_image(picture: Pictures) -> Image:

@@ -11,6 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,13 @@ from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.files import PIPELINE_FILE, refuse_unwritable
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
 from pipeline.generate.pixel_model import PixelModel, makes_pixels
-from pipeline.generate.sampling import FloatArray
 from pipeline.progress import track
 from pipeline.signals import leave
 from pipeline.text_to_image import STRENGTH, Pipeline, as_image
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipeline.bundle.bundle import Bundle
 
 DESCRIPTION = "Draw pictures with an engine bundle."
@@ -156,6 +158,16 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
     """The bundle's name, the pictures, the seconds that each part took, and what was asked for."""
     from pipeline import load
 
+    request = DrawRequest(
+        tuple(args.prompt),
+        args.seed,
+        args.num_images,
+        args.n_steps,
+        args.guidance_scale,
+        () if args.negative_prompt is None else (args.negative_prompt,) * len(args.prompt),
+        strength=STRENGTH if args.strength is None else args.strength,
+    )
+    image = None if args.image is None else read_image(args.image)
     whole = (args.bundle / PIPELINE_FILE).is_file()
     bundle = None if whole else load(args.bundle, args.threads)
     if bundle is not None:
@@ -163,9 +175,8 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
     if bundle is not None and not makes_pixels(bundle):
         from pipeline.generate.latent import draw_latent
 
-        if args.image is not None:
+        if image is not None:
             raise RecipeError(f"--image: {args.bundle} is a denoiser alone; build its pipeline whole to draw from one")
-        request = _request(args, None)
         return bundle.name, draw_latent(bundle, request, args.pipeline, args.target), {}, request
     if args.pipeline is not None:
         raise RecipeError(f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away")
@@ -174,33 +185,20 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
     else:
         opened = open_pixels(bundle, args.prompt, args.target)
     with opened as pipeline:
-        request = _request(args, pipeline)
+        request = replace(request, images=pipeline.input_images(image))
         return pipeline.name, *draw(pipeline, request), request
 
 
-def _request(args: argparse.Namespace, pipeline: Pipeline | None) -> DrawRequest:
-    """What the flags ask of `pipeline`, None for one of diffusers."""
-    images: tuple[FloatArray, ...] = ()
-    if args.image is not None and pipeline is not None:
-        from PIL import Image, UnidentifiedImageError
+def read_image(path: Path) -> Image:
+    """The picture in a file. Raises RecipeError for a file that is none."""
+    from PIL import Image, UnidentifiedImageError
 
-        open_file(args.image, RecipeError, "give a picture").close()
-        try:
-            with Image.open(args.image) as image:
-                images = pipeline.input_images(image)
-        except (UnidentifiedImageError, OSError) as error:
-            raise RecipeError(f"--image {args.image} cannot be read ({error}); give a PNG or JPEG file") from error
-    prompts = tuple(args.prompt)
-    return DrawRequest(
-        prompts,
-        args.seed,
-        args.num_images,
-        args.n_steps,
-        args.guidance_scale,
-        () if args.negative_prompt is None else (args.negative_prompt,) * len(prompts),
-        images,
-        STRENGTH if args.strength is None else args.strength,
-    )
+    open_file(path, RecipeError, "give a picture").close()
+    try:
+        with Image.open(path) as image:
+            return image.copy()
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        raise RecipeError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

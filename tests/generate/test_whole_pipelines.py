@@ -197,6 +197,8 @@ def test_strength_is_a_share_of_the_steps(pipeline: Pipeline, log: Log) -> None:
         ({"strength": 0.5}, "strength 0.5 without an image"),
         ({"latents": np.zeros((1, 4, 8, 8))}, "latents of (4, 8, 8) for a picture; this model draws from (4, 4, 4)"),
         ({"latents": np.zeros((2, 4, 4, 4))}, "latents of 2 pictures for 1"),
+        ({"latents": [1]}, "latents of list; give an array of floats [B, C, h, w]"),
+        ({"latents": np.zeros(4)}, "latents of float64 (4,); give an array"),
         ({"guidance_scale": 0.5, "negative_prompt": "a ring"}, "no effect at a guidance scale of 0.5"),
         ({"height": 512}, "height x width 512 x 8; the engine draws 8 x 8"),
         ({"prompt": []}, "no prompt was given"),
