@@ -21,6 +21,7 @@ VERBS = {
     "bench": ("pipeline.bench.__main__", "measure a bundle on this machine"),
     "generate": ("pipeline.generate.__main__", "draw an image with a bundle"),
     "serve": ("pipeline.serve.__main__", "answer the OpenAI images API, and a web page, with a bundle"),
+    "push": ("pipeline.push", "upload a bundle, with a card, to the hub"),
     "inspect": ("pipeline.inspect", "show what a bundle or recipe does, layer by layer"),
     "list": ("pipeline.list", "show recipes, bundled models and targets"),
     "doctor": ("pipeline.doctor", "check what this machine can build, and what is missing"),

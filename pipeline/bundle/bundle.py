@@ -20,7 +20,8 @@ from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
-from pipeline.bundle.contents import GENERATION_FILES, refuse_strange_files, refuse_unknown_targets
+from pipeline.bundle.contents import GENERATION_FILES, HUB_FILES, refuse_strange_files, refuse_unknown_targets
+from pipeline.bundle.hub import located
 from pipeline.bundle.manifest_schema import File, Manifest
 from pipeline.bundle.snapshot import REMEDY, verified_copy
 from pipeline.files import MANIFEST_FILE, tree
@@ -143,11 +144,17 @@ class Bundle:
 def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
     """Open a bundle: form, file names, links, sizes and hashes are verified before anything is deserialized.
 
-    threads: of an engine's call on the CPU; None: what the machine allows. Raises ContractError for a bundle that is
-    damaged, not a bundle, of another version, or holds what no build makes; RecipeError for a wrong number of threads.
+    path: a folder, or `hf://OWNER/NAME[@REVISION]`, which is downloaded into the hub's cache first. threads: of an
+    engine's call on the CPU; None: what the machine allows. Raises ContractError for a bundle that is damaged, not a
+    bundle, of another version, or holds what no build makes; RecipeError for a wrong number of threads, and for the hub
+    what `hub.located` does.
     """
     machine.threads(threads)
-    folder = Path(path)
+    with located(path) as folder:
+        return _verified(folder, threads)
+
+
+def _verified(folder: Path, threads: int | None) -> Bundle:
     if not folder.is_dir():
         raise ContractError(
             f"{folder} is not a folder; give the folder that build wrote, for example engines/pixart_w4a6"
@@ -161,7 +168,7 @@ def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
 
 def verify_files(folder: Path, files: Mapping[str, File]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
-    present = tree(folder)
+    present = [name for name in tree(folder) if not HUB_FILES.fullmatch(name)]
     links = (name for name in present if (folder / name).is_symlink())  # sha256 refuses pipes and devices
     foreign = [name for name in links if not is_hub_link(folder / name, folder)]
     if foreign:

@@ -88,7 +88,7 @@ def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mappin
 def make_parser() -> Parser:
     """All flags of `generate`."""
     flags = parser("generate", DESCRIPTION)
-    flags.add_argument("bundle", type=Path, help="engine folder written by build")
+    flags.add_argument("bundle", help="engine folder written by build, or hf://OWNER/NAME[@REVISION]")
     flags.add_argument("--prompt", action="append", required=True, help="what to draw; several give a sheet")
     flags.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE.png")
     flags.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next has seed + 1")
