@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 REPORT, RECIPE = "report/parity.json", "recipe.toml"
 # Of the bundled models, which are part of this package.
 OWN_LICENSE = "apache-2.0"
+# A field of a card's front matter, with a text in quotes or without.
+LICENSE_LINE = re.compile(
+    r"^(license\w*):[ \t]+(?:\"([^\"\n]+)\"|'([^'\n]+)'|([^\s\"'#][^\n]*?))[ \t]*(?:[ \t]#.*)?$", re.MULTILINE
+)
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/\w+)?(?:@.+)?")
 
 
@@ -133,9 +137,8 @@ def card_license(path: Path) -> License | None:
         logger.warning("%s", error)
         return None
     front = re.match(r"---\n(.*?)\n---\s", text, re.DOTALL)
-    lines = dict(
-        re.findall(r"^(license\w*):[ \t]+[\"']?([^\"'#\n]*[^\"'#\s])", front[1], re.MULTILINE) if front else ()
-    )
+    rows = LICENSE_LINE.finditer(front[1]) if front else ()
+    lines = {row[1]: row[2] or row[3] or row[4] for row in rows}
     if "license" not in lines:
         return None
     return License(lines["license"], lines.get("license_name"), lines.get("license_link"))

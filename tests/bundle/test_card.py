@@ -97,9 +97,9 @@ def test_models_that_say_nothing(tmp_path: Path) -> None:
 
 def test_several_licences_and_texts_that_yaml_would_read(tmp_path: Path) -> None:
     parts = read_parts(make(tmp_path / "small"))
-    stated = front(card.front_matter(parts, ["a/b", "c/d"], [License("mit"), License("apache-2.0")]))
+    stated = front(card.front_matter(parts, ["a/b", "c/d"], [License("mit"), License("apache-2.0")]) + "\n")
     assert (stated["license"], stated["license_name"]) == ("other", "mit and apache-2.0")
-    stated = front(card.front_matter(parts, [], [License("other", "it's: no\n- list", "#x")]))
+    stated = front(card.front_matter(parts, [], [License("other", "it's: no\n- list", "#x")]) + "\n")
     assert (stated["license_name"], stated["license_link"]) == ("it's: no - list", "#x")
 
 
