@@ -49,6 +49,8 @@ def make_parser() -> Parser:
         metavar="QK/PV",
         help="its formats, as INT8/INT8: a checkpoint holds linears alone (default: attention in float32)",
     )
+    text = "of the engine in the server, for --triton (default: one for each core)"
+    flags.add_argument("--threads", type=int, metavar="N", help=text)
     flags.add_argument("--force", action="store_true", help="replace an earlier export in the folder")
     return flags
 
@@ -59,6 +61,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         raise RecipeError("--height, --width and --attention are for a checkpoint; a bundle has its own")
     if args.web is None and args.onnxruntime_web is not None:
         raise RecipeError(f"{ONNXRUNTIME_WEB} is for --web alone")
+    if args.triton is None and args.threads is not None:
+        raise RecipeError("--threads is for --triton alone")
     if args.web is not None:
         return export_page(args, answer)
     if args.triton is not None:
@@ -101,11 +105,11 @@ def export_repository(args: argparse.Namespace, answer: Answer) -> int:
     """A bundle as a model repository of Triton Inference Server."""
     from pipeline.triton_server import repository
 
-    bundle = load(args.source)
+    bundle = load(args.source, args.threads)
     name = repository.model_name(bundle)
     refuse_place(args.triton, "--triton", args.force, {name}.issuperset)
     with new_folder(args.triton) as partial:
-        repository.write(bundle, partial)
+        repository.write(bundle, partial, args.threads)
     text = f"{args.triton}: model {name}, for tritonserver --model-repository; checked, not run in a server"
     answer.document({"event": "result", "path": str(args.triton), "model": name, "run": False}, text)
     return 0

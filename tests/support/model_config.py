@@ -1,13 +1,9 @@
 """The part of Triton's model_config.proto that the exported configuration uses: names, types and labels as there,
 written down anew; numbers of fields, which the text format does not have, are of no meaning.
-
-Where tritonclient is installed its own description of all fields is taken.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -41,8 +37,6 @@ ENUMERATIONS = {"DataType": TYPES, "Kind": KINDS}
 
 def model_config() -> Any:
     """An empty ModelConfig."""
-    if find_spec("tritonclient") and find_spec("tritonclient.grpc.model_config_pb2"):
-        return import_module("tritonclient.grpc.model_config_pb2").ModelConfig()
     file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="inference", syntax="proto3")
     for name, labels in ENUMERATIONS.items():
         enumeration = file.enum_type.add(name=name)

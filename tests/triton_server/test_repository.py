@@ -187,7 +187,8 @@ def test_the_command_writes_a_repository(pixels: Path, tmp_path: Path, capsys: p
     assert (out / "small/1/model.py").read_bytes() == Path(repository.__file__).with_name("model.py").read_bytes()
     assert main([str(pixels), "--triton", str(out)]) == 2
     assert "exists; add --force to replace it, or choose another --triton" in capsys.readouterr().err
-    assert main([str(pixels), "--triton", str(out), "--force"]) == 0
+    assert main([str(pixels), "--triton", str(out), "--force", "--threads", "3"]) == 0
+    assert text_format.Parse((out / "small/config.pbtxt").read_text(), model_config()).parameters
 
 
 def test_what_it_does_not_take(pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +199,7 @@ def test_what_it_does_not_take(pixels: Path, tmp_path: Path, capsys: pytest.Capt
     assert "is not an export and is not replaced; choose another --triton" in sentence(capsys.readouterr().err)
     for flags in (["--height", "64"], ["--attention", "INT8/INT8"], ["--onnxruntime-web", "a"]):
         assert main([str(pixels), "--triton", str(tmp_path / "new"), *flags]) == 2
+    assert main([str(pixels), "-o", str(tmp_path / "new"), "--threads", "2"]) == 2
     capsys.readouterr()
     (pixels / "generation.json").unlink()
     reseal(pixels)
