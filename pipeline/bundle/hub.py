@@ -14,15 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError, UserError
 from pipeline import machine
-from pipeline.bundle.contents import listed_files
+from pipeline.bundle.contents import PIPELINE_FILE, listed_files
 from pipeline.files import MANIFEST_FILE, is_out_of_disk
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
@@ -83,57 +79,64 @@ def located(source: str | Path) -> Iterator[Path]:
 
 def _downloaded(repository: Repository) -> Path:
     """The folder of a snapshot with all files of the bundle in it."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
 
-    name = repository.name
     with _in_words(repository), _quiet():
-        # Of whatever the repository has, this one file names its commit, at which everything else is read.
-        try:
-            folder = Path(hf_hub_download(name, MANIFEST_FILE, revision=repository.revision)).parent
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            folder = _pipeline_folder(repository)
-        commit = folder.name
-
-        def has(file: str) -> bool:
-            if (folder / file).is_file():
-                return True
-            try:
-                hf_hub_download(name, file, revision=commit)
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                return False
-            return True
-
-        sizes = listed_files(folder, has)
+        folder, sizes = _listed(repository)
         missing = {file: size or 0 for file, size in sizes.items() if not (folder / file).is_file()}
         if missing:
             refuse_full_disk(folder, sum(missing.values()), str(repository))
             logger.info("%s: %d files, %.1f MB", repository, len(missing), sum(missing.values()) / 1e6)
             patterns = [glob.escape(file) for file in missing]
-            snapshot_download(name, revision=commit, allow_patterns=patterns)
-    logger.info("%s is commit %s", repository, commit)
+            snapshot_download(repository.name, revision=folder.name, allow_patterns=patterns)
+    logger.info("%s is commit %s", repository, folder.name)
     return folder
 
 
-def _pipeline_folder(repository: Repository) -> Path:
-    """Of a repository whose root has no manifest. Raises ContractError where it is no pipeline either."""
+def _listed(repository: Repository) -> tuple[Path, dict[str, int | None]]:
+    """The folder of the snapshot that a revision means, with its manifests in it, and what they list.
+
+    Raises ContractError for a repository that holds no bundle, or one that lists what no build makes.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name, revision = repository.name, repository.revision
+    # Whichever of the two is there names the commit, at which everything else is read.
+    try:
+        path = _fetched(name, MANIFEST_FILE, revision) or _fetched(name, PIPELINE_FILE, revision)
+    except LocalEntryNotFoundError:
+        cached = try_to_load_from_cache(name, PIPELINE_FILE, revision=revision)
+        if not isinstance(cached, str):
+            raise
+        path = Path(cached)
+    if path is None:
+        raise ContractError(
+            f"{repository} holds no bundle: it has no {MANIFEST_FILE} and no {PIPELINE_FILE}; `push` puts one there"
+        )
+    folder = path.parent
+
+    def has(file: str) -> bool:
+        """At this commit, of which the cache also knows what is not there."""
+        if file == MANIFEST_FILE:
+            return file == path.name
+        cached = try_to_load_from_cache(name, file, revision=folder.name)
+        return isinstance(cached, str) or (cached is None and _fetched(name, file, folder.name) is not None)
+
+    return folder, listed_files(folder, has)
+
+
+def _fetched(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a repository in the cache, None where the repository has none of that name."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from pipeline.bundle.contents import PIPELINE_FILE
-
     try:
-        return Path(hf_hub_download(repository.name, PIPELINE_FILE, revision=repository.revision)).parent
-    except LocalEntryNotFoundError:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except LocalEntryNotFoundError:  # an EntryNotFoundError, too: neither the hub nor the cache could be asked
         raise
-    except EntryNotFoundError as error:
-        raise ContractError(
-            f"{repository} holds no bundle: it has no {MANIFEST_FILE} and no {PIPELINE_FILE}; `push` puts one there"
-        ) from error
+    except EntryNotFoundError:
+        return None
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int, what: str) -> None:
@@ -165,7 +168,7 @@ def upload(repository: Repository, files: Mapping[str, Path], card: str, private
         api.create_repo(repository.name, private=private, exist_ok=True)
         if repository.revision is not None:
             api.create_branch(repository.name, branch=repository.revision, exist_ok=True)
-        former = _former_files(api, repository) - set(files)
+        former = _former_files(repository) - set(files)
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationAdd(name, str(path.resolve())) for name, path in files.items()),
             CommitOperationAdd(CARD, card.encode()),
@@ -176,17 +179,13 @@ def upload(repository: Repository, files: Mapping[str, Path], card: str, private
     return str(commit.commit_url)
 
 
-def _former_files(api: HfApi, repository: Repository) -> set[str]:
-    """Files there that a bundle may have, with any target, at its root or in the folder of a component."""
-    from pipeline.backends import BACKENDS
-    from pipeline.bundle.contents import PIPELINE_FILE, PIPELINE_FILES, is_made_by_build
-
-    def is_ours(name: str) -> bool:
-        names = {name, name.partition("/")[2]}
-        known = any(part == MANIFEST_FILE or is_made_by_build(part, BACKENDS) for part in names)
-        return known or name == PIPELINE_FILE or bool(PIPELINE_FILES.fullmatch(name))
-
-    return set(filter(is_ours, api.list_repo_files(repository.name, revision=repository.revision)))
+def _former_files(repository: Repository) -> set[str]:
+    """What the bundle that is there lists; nothing where there is none, or none that this version reads."""
+    try:
+        return set(_listed(repository)[1])
+    except ContractError as error:
+        logger.debug("no file of an earlier bundle is removed: %s", error)
+        return set()
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
