@@ -72,11 +72,11 @@ class Hub:
 
 
 class _Refused(Exception):
-    """An answer that is no success. code: the hub's own word for it."""
+    """An answer that is no success. code: the hub's own word for it; commit: at which a file was looked for."""
 
-    def __init__(self, status: int, code: str = "", document: object = None) -> None:
+    def __init__(self, status: int, code: str = "", document: object = None, commit: str | None = None) -> None:
         super().__init__(code)
-        self.status, self.code, self.document = status, code, document
+        self.status, self.code, self.document, self.commit = status, code, document, commit
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -113,6 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             raise _Refused(404)
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.code} if refused.code else {}
+            headers |= {"X-Repo-Commit": refused.commit} if refused.commit else {}
             self._answer(refused.status, json.dumps(refused.document or {"error": refused.code}).encode(), headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
@@ -233,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": ""}
         data = self._found(name).commits[commit].get(path)
         if data is None:
-            raise _Refused(404, "EntryNotFound")
+            raise _Refused(404, "EntryNotFound", commit=commit)
         headers["ETag"] = f'"{_oid(data)}"'
         sent = data[:-1] + bytes([data[-1] ^ 1]) if path in self.hub.damaged else data
         if path in self.hub.short and self.command == "GET":
