@@ -16,10 +16,10 @@ __all__ = ["load"]
 
 
 def load(path: str | Path, threads: int | None = None) -> Bundle:
-    """Open a bundle folder; every file is verified first. Raises export.errors.ContractError if it is damaged.
+    """Open a bundle; every file is verified first. Raises export.errors.ContractError if it is damaged.
 
-    threads: of an engine's call on the CPU; None: one for each core, within the container's CPU limit and
-    OMP_NUM_THREADS.
+    path: its folder, or hf://OWNER/NAME[@REVISION], which is downloaded first (extra `hub`). threads: of an engine's
+    call on the CPU; None: one for each core, within the container's CPU limit and OMP_NUM_THREADS.
     """
     from pipeline.bundle.bundle import load_bundle
 

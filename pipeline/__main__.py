@@ -16,11 +16,12 @@ from pipeline.signals import leave
 VERBS = {
     "build": ("pipeline.build", "build a verified engine bundle from a recipe"),
     "calibrate": ("pipeline.calibrate.__main__", "quantize a model into a checkpoint, without building an engine"),
-    "export": ("pipeline.export", "write a checkpoint as portable ONNX, without the float model"),
+    "export": ("pipeline.export", "write a checkpoint as portable ONNX, a bundle as a web page or for Triton"),
     "verify": ("pipeline.verify.__main__", "check a bundle again: files, lowering, all parity gates"),
     "bench": ("pipeline.bench.__main__", "measure a bundle on this machine"),
     "generate": ("pipeline.generate.__main__", "draw an image with a bundle"),
     "serve": ("pipeline.serve.__main__", "answer the OpenAI images API, and a web page, with a bundle"),
+    "push": ("pipeline.push", "upload a bundle, with a card, to the hub"),
     "inspect": ("pipeline.inspect", "show what a bundle or recipe does, layer by layer"),
     "list": ("pipeline.list", "show recipes, bundled models and targets"),
     "doctor": ("pipeline.doctor", "check what this machine can build, and what is missing"),

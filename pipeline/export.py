@@ -1,30 +1,47 @@
-"""`python -m pipeline.export CHECKPOINT -o DIR`: what `calibrate` wrote as portable ONNX; no float model is needed."""
+"""`python -m pipeline.export`: a checkpoint as portable ONNX; a bundle as a static page, or for a Triton server.
+
+CHECKPOINT -o DIR needs no float model. --web DIR BUNDLE and --triton DIR BUNDLE take what `build` wrote.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from export import checkpoint
 from export.errors import RecipeError
 from export.formats.attention import AttentionFormats
-from pipeline import machine
+from pipeline import load, machine
 from pipeline.backends.base import DATA, MODEL
 from pipeline.calibrate.state import KEPT
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.files import publish, refuse_unwritable, remove
 from pipeline.signals import leave
+from pipeline.web.onnxruntime_web import FLAG as ONNXRUNTIME_WEB
+from pipeline.web.onnxruntime_web import PACKAGE, VERSION
 
 FILES = {MODEL, DATA}
-DESCRIPTION = "Write a calibrated checkpoint as one portable ONNX model; the float model is not needed."
+DESCRIPTION = (
+    "Write a calibrated checkpoint as one portable ONNX model (-o), or a bundle as a page that draws in the browser "
+    "(--web) or as a model repository of Triton Inference Server (--triton)."
+)
 
 
 def make_parser() -> Parser:
     """All flags of `export`."""
     flags = parser("export", DESCRIPTION)
-    flags.add_argument("checkpoint", type=Path, help="a folder that `calibrate` wrote")
-    flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", required=True, help="where to write model.onnx")
+    text = "a folder that `calibrate` wrote; with --web or --triton a bundle, or hf://OWNER/NAME[@REVISION]"
+    flags.add_argument("source", metavar="CHECKPOINT|BUNDLE", help=text)
+    forms = flags.add_mutually_exclusive_group(required=True)
+    forms.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write model.onnx")
+    text = "where to write the page, with its model, for any server of static files"
+    forms.add_argument("--web", type=Path, metavar="DIR", help=text)
+    text = "where to write the repository, for the server's Python backend; not run in a server"
+    forms.add_argument("--triton", type=Path, metavar="DIR", help=text)
+    text = f"of {PACKAGE} {VERSION} as npm installs it, for --web (default: npm fetches it)"
+    flags.add_argument(ONNXRUNTIME_WEB, type=Path, metavar="FOLDER", help=text)
     flags.add_argument("--height", type=int, default=0, help="of the image in pixels (default: the model's own)")
     flags.add_argument("--width", type=int, default=0, help="of the image in pixels (default: the model's own)")
     flags.add_argument(
@@ -32,33 +49,86 @@ def make_parser() -> Parser:
         metavar="QK/PV",
         help="its formats, as INT8/INT8: a checkpoint holds linears alone (default: attention in float32)",
     )
+    text = "of the engine in the server, for --triton (default: one for each core)"
+    flags.add_argument("--threads", type=int, metavar="N", help=text)
     flags.add_argument("--force", action="store_true", help="replace an earlier export in the folder")
     return flags
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
-    """Export into a folder beside the destination, then rename."""
+    """Write the one form that is asked for into a folder beside the destination, then rename."""
+    if args.output_dir is None and (args.height or args.width or args.attention):
+        raise RecipeError("--height, --width and --attention are for a checkpoint; a bundle has its own")
+    if args.web is None and args.onnxruntime_web is not None:
+        raise RecipeError(f"{ONNXRUNTIME_WEB} is for --web alone")
+    if args.triton is None and args.threads is not None:
+        raise RecipeError("--threads is for --triton alone")
+    if args.web is not None:
+        return export_page(args, answer)
+    if args.triton is not None:
+        return export_repository(args, answer)
+    return export_checkpoint(args, answer)
+
+
+def export_checkpoint(args: argparse.Namespace, answer: Answer) -> int:
+    """What `calibrate` wrote, as portable ONNX."""
     machine.require_compiler("exporting a checkpoint")
-    refuse(args.checkpoint, args.output_dir, args.force)
+    source = Path(args.source)
+    refuse(source, args.output_dir, args.force)
     attention = None if args.attention is None else AttentionFormats.parsed(args.attention)
-    from export.models.load import load
+    from export.models.load import load as load_model
     from export.to_onnx import export_portable
 
-    layers = checkpoint.load(args.checkpoint)
+    layers = checkpoint.load(source)
     names = {layer.name for layer in layers}
-    model = load(str(args.checkpoint / KEPT), kept_only=True, keep=lambda path: path not in names)
-    destination = args.output_dir.absolute()
+    model = load_model(str(source / KEPT), kept_only=True, keep=lambda path: path not in names)
+    with new_folder(args.output_dir) as partial:
+        summary = export_portable(model, layers, partial / MODEL, args.height, args.width, attention)
+    path = args.output_dir / MODEL
+    answer.document({"event": "result", "path": str(path), "linears": len(layers)}, f"{path}: {summary}")
+    return 0
+
+
+def export_page(args: argparse.Namespace, answer: Answer) -> int:
+    """A bundle as a static page."""
+    from pipeline.web import page_folder
+
+    machine.require_compiler("lowering a model for the browser")
+    refuse_place(args.web, "--web", args.force, page_folder.ENTRIES.issuperset)
+    bundle = load(args.source)
+    with new_folder(args.web) as partial:
+        size_bytes = page_folder.write(bundle, partial, args.onnxruntime_web)
+    text = f"{args.web}: {size_bytes / 1e6:.1f} MB; try it with: python -m http.server -b 127.0.0.1 -d {args.web}"
+    answer.document({"event": "result", "path": str(args.web), "bytes": size_bytes}, text)
+    return 0
+
+
+def export_repository(args: argparse.Namespace, answer: Answer) -> int:
+    """A bundle as a model repository of Triton Inference Server."""
+    from pipeline.triton_server import repository
+
+    bundle = load(args.source, args.threads)
+    name = repository.model_name(bundle)
+    refuse_place(args.triton, "--triton", args.force, {name}.issuperset)
+    with new_folder(args.triton) as partial:
+        repository.write(bundle, partial, args.threads)
+    text = f"{args.triton}: model {name}, for tritonserver --model-repository; checked, not run in a server"
+    answer.document({"event": "result", "path": str(args.triton), "model": name, "run": False}, text)
+    return 0
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `output` at the end, if nothing was raised."""
+    destination = output.absolute()
     partial, aside = (destination.with_name(f"{destination.name}.{end}") for end in ("partial", "replaced"))
     remove(partial)
     partial.mkdir(parents=True)
     try:
-        summary = export_portable(model, layers, partial / MODEL, args.height, args.width, attention)
+        yield partial
         publish(partial, destination, aside)
     finally:
         remove(partial)
-    path = args.output_dir / MODEL
-    answer.document({"event": "result", "path": str(path), "linears": len(layers)}, f"{path}: {summary}")
-    return 0
 
 
 def refuse(calibration: Path, output: Path, force: bool) -> None:
@@ -66,11 +136,19 @@ def refuse(calibration: Path, output: Path, force: bool) -> None:
     if not ((calibration / checkpoint.LAYERS_FILE).is_file() and (calibration / KEPT).is_dir()):
         remedy = f"python -m pipeline.calibrate --engine NAME -o {calibration} makes one"
         raise RecipeError(f"{calibration} holds no finished calibration with what is not quantized ({KEPT}/); {remedy}")
-    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= FILES):
-        raise RecipeError(f"{output} is not an export and is not replaced; choose another --output-dir")
+    refuse_place(output, "--output-dir", force, FILES.issuperset)
+
+
+def refuse_place(output: Path, flag: str, force: bool, is_export: Callable[[set[str]], bool]) -> None:
+    """Raise RecipeError where a folder would be replaced that is no earlier export of the kind, or without --force.
+
+    is_export: whether such an export may have these entries.
+    """
+    if output.exists() and not (output.is_dir() and is_export({path.name for path in output.iterdir()})):
+        raise RecipeError(f"{output} is not an export and is not replaced; choose another {flag}")
     if output.exists() and not force:
-        raise RecipeError(f"{output} exists; add --force to replace it, or choose another --output-dir")
-    refuse_unwritable(output, True, "--output-dir")
+        raise RecipeError(f"{output} exists; add --force to replace it, or choose another {flag}")
+    refuse_unwritable(output, True, flag)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from export.documents import shown
 from export.errors import RecipeError
 from pipeline import load
 from pipeline.backends.base import Arrays
+from pipeline.bundle.hub import located
 from pipeline.bundle.pipeline_bundle import PipelineBundle, is_pipeline, load_pipeline
 from pipeline.generate.draw import (
     BATCH_SIZE,
@@ -84,12 +85,13 @@ class Pipeline:
         keep_loaded: of a whole pipeline, keep all of its parts in memory; else each is loaded when it is needed, and
         let go before the next one is.
         """
-        if not is_pipeline(Path(path)):
-            bundle = load(path, threads)
-            return cls(PixelModel(bundle, target), bundle)
-        whole = load_pipeline(path, threads)
-        with whole.source(target) as source:
-            return cls(LatentModel(source, keep_loaded), whole)
+        with located(path) as folder:
+            if not is_pipeline(folder):
+                bundle = load(folder, threads)
+                return cls(PixelModel(bundle, target), bundle)
+            whole = load_pipeline(folder, threads)
+            with whole.source(target) as source:
+                return cls(LatentModel(source, keep_loaded), whole)
 
     def __call__(
         self,

@@ -75,7 +75,7 @@ TYPE_ONLY = "TYPE_CHECKING"
 # `bundle` above `generate`: an opened bundle knows how its model draws; drawing sees a bundle as a type alone.
 # `recipe` above `backends`: each target owns the options that stand in its table of a recipe.
 ORDER = (
-    ("__main__", "build", "doctor", "export", "inspect", "list"),
+    ("__main__", "build", "doctor", "export", "inspect", "list", "push", "triton_server", "web"),
     ("compiler",),
     ("bench", "verify"),
     ("calibrate",),
@@ -271,7 +271,10 @@ RUN_TIME = [
     or path.match("plugins/cpu/*.py")
     or path.as_posix()
     in {
-        *(f"pipeline/{name}.py" for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list")),
+        *(
+            f"pipeline/{name}.py"
+            for name in ("__init__", "__main__", "command", "doctor", "files", "inspect", "list", "push")
+        ),
         *(f"pipeline/{name}.py" for name in ("machine", "methods", "progress", "recipe", "signals", "text_to_image")),
         *(f"pipeline/backends/{name}.py" for name in ("__init__", "base", "feeds", "lowering_file", "metadata_file")),
         *(f"pipeline/backends/{name}.py" for name in ("sessions", "stock_runtime")),
@@ -283,6 +286,7 @@ NEEDS_TORCH = {
     "pipeline/backends/cuda/engine.py": {"torch"},
     "pipeline/backends/tensorrt/engine.py": {"torch"},
     "pipeline/backends/trt/engine.py": {"torch"},
+    "pipeline/bundle/hub.py": {"huggingface_hub"},
     "pipeline/generate/convert_tokenizer.py": {"transformers"},
     "pipeline/generate/diffusers_adapter.py": {"diffusers", "torch"},
     "pipeline/generate/latent.py": {"huggingface_hub", "torch"},

@@ -553,8 +553,6 @@ FAMILIES: dict[str, Family] = {
         _clip("clip", "CLIPTextModel"),
         _clip("clip_projection", "CLIPTextModelWithProjection"),
         BERT,
-
-
         VAE_DECODER,
         VAE_ENCODER,
     )

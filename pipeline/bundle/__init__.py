@@ -1,1 +1,1 @@
-"""The folder that is handed over: its manifest, the stages of a build, and how it is opened."""
+"""The folder that is handed over: its manifest, the stages of a build, how it is opened, here and on the hub."""

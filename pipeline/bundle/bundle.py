@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +18,11 @@ from export.models.config import engine_config, read_config
 from export.models.families import DENOISER, FAMILIES, TEXT_ENCODER, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
-from pipeline.backends import BACKENDS, PORTABLE
+from pipeline.backends import BACKENDS
 from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
+from pipeline.bundle.contents import GENERATION_FILES, HUB_FILES, refuse_strange_files, refuse_unknown_targets
+from pipeline.bundle.hub import located
 from pipeline.bundle.manifest_schema import File, Manifest
 from pipeline.bundle.snapshot import REMEDY, verified_copy
 from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
@@ -32,15 +33,6 @@ if TYPE_CHECKING:
     from pipeline.generate.text_stand_in import EngineTextEncoder
 
 logger = logging.getLogger(__name__)
-
-# The kernel library as bundles of earlier versions held it.
-OLD_LIBRARY = "fpq_native.so"
-# What a build writes beside the files of its targets, which the backends name.
-GENERATION_FILES = re.compile(r"generation\.json|[\w-][\w.-]*\.safetensors")
-OTHER_FILES = re.compile(
-    r"recipe\.toml|config\.json|bench\.json"
-    r"|report/(index\.html|parity\.json|layers\.csv|images/[\w-][\w.-]*\.png)"
-)
 
 
 @dataclass(frozen=True)
@@ -168,11 +160,17 @@ class Bundle:
 def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
     """Open a bundle: form, file names, links, sizes and hashes are verified before anything is deserialized.
 
-    threads: of an engine's call on the CPU; None: what the machine allows. Raises ContractError for a bundle that is
-    damaged, not a bundle, of another version, or holds what no build makes; RecipeError for a wrong number of threads.
+    path: a folder, or `hf://OWNER/NAME[@REVISION]`, which is downloaded into the hub's cache first. threads: of an
+    engine's call on the CPU; None: what the machine allows. Raises ContractError for a bundle that is damaged, not a
+    bundle, of another version, or holds what no build makes; RecipeError for a wrong number of threads, and for the hub
+    what `hub.located` does.
     """
     machine.threads(threads)
-    folder = Path(path)
+    with located(path) as folder:
+        return _verified(folder, threads)
+
+
+def _verified(folder: Path, threads: int | None) -> Bundle:
     if not folder.is_dir():
         raise ContractError(
             f"{folder} is not a folder; give the folder that build wrote, for example engines/pixart_w4a6"
@@ -189,38 +187,10 @@ def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:
     return Bundle(folder, document, threads)
 
 
-def refuse_strange_files(folder: Path, files: Iterable[str], targets: Iterable[str]) -> None:
-    """Raise ContractError for the first file that no build makes: a bundle is data, of known kinds."""
-    for name in sorted(files):
-        if is_made_by_build(name, targets):
-            continue
-        if name.rpartition("/")[2] == OLD_LIBRARY:
-            why = (
-                "is compiled code, as bundles of earlier versions held it, and is never loaded; build the bundle again"
-            )
-        else:
-            why = "is not a file that build makes; do not use this bundle, get it from its source"
-        raise ContractError(f"{folder / name} {why}")
-
-
-def is_made_by_build(name: str, targets: Iterable[str]) -> bool:
-    """May a bundle with these targets have a file of this name?"""
-    known = any(name in BACKENDS[target].files for target in (PORTABLE, *targets))
-    return bool(known or GENERATION_FILES.fullmatch(name) or OTHER_FILES.fullmatch(name))
-
-
-def refuse_unknown_targets(document: Manifest, folder: Path) -> None:
-    """Raise ContractError for a target that this version does not have."""
-    if unknown := sorted(set(document["targets"]) - set(BACKENDS)):
-        raise ContractError(
-            f"{folder / MANIFEST_FILE}: target {unknown[0]!r} is unknown to this version, which has "
-            f"{', '.join(BACKENDS)}; install the version that built it"
-        )
-
-
 def verify_files(folder: Path, files: Mapping[str, File]) -> None:
     """Compare the folder with the manifest's table of files. Raises ContractError naming the first difference."""
-    verify_listed(folder, set(tree(folder)) - {MANIFEST_FILE}, files, "manifest")
+    names = {name for name in tree(folder) if not HUB_FILES.fullmatch(name)}
+    verify_listed(folder, names - {MANIFEST_FILE}, files, "manifest")
 
 
 def verify_listed(folder: Path, names: AbstractSet[str], files: Mapping[str, File], table: str) -> None:

@@ -20,6 +20,8 @@ from export.documents import Rules, read_json, sha256
 from export.errors import ContractError
 from export.names import distinct, inside, is_hub_link
 from pipeline.bundle.bundle import Bundle, load_bundle, verify_listed
+from pipeline.bundle.contents import HUB_FILES, PIPELINE_FILES, STRANGE
+from pipeline.bundle.hub import located
 from pipeline.bundle.manifest_schema import File, Name
 from pipeline.bundle.snapshot import REMEDY, verified_copy
 from pipeline.bundle.stages import StageTime
@@ -32,8 +34,6 @@ from pipeline.generate.tokenizer import TOKENIZER_FILE
 SCHEMA_VERSION = 1
 RULES = Rules(version=SCHEMA_VERSION)
 SCHEDULER = "scheduler"
-# What there is in the folder of the pipeline itself beside tokenizers and scheduler.
-OWN_FILES = ("report/parity.json",)
 
 
 class Component(TypedDict):
@@ -119,16 +119,18 @@ def is_pipeline(folder: Path) -> bool:
 def load_pipeline(path: str | Path, threads: int | None = None) -> PipelineBundle:
     """Open a pipeline bundle; every file of it and of its components is verified before anything is deserialized.
 
-    threads: of an engine's call on the CPU; None: what the machine allows. Raises ContractError for one that is damaged
-    or of another version.
+    path: as of `load_bundle`. threads: of an engine's call on the CPU; None: what the machine allows. Raises
+    ContractError for one that is damaged or of another version.
     """
-    return opened(Path(path), read(Path(path)), threads)
+    with located(path) as folder:
+        return opened(folder, read(folder), threads)
 
 
 def opened(folder: Path, manifest: PipelineManifest, threads: int | None = None) -> PipelineBundle:
     """The pipeline bundle in `folder` that `manifest` describes, verified as by `load_pipeline`."""
-    own = {name: folder / name for name in tree(folder) if name.split("/")[0] not in manifest["components"]}
-    verify_listed(folder, own.keys() - {PIPELINE_FILE}, manifest["files"], PIPELINE_FILE)
+    own = {name for name in tree(folder) if name.split("/")[0] not in manifest["components"]}
+    own = {name for name in own if not HUB_FILES.fullmatch(name)}
+    verify_listed(folder, own - {PIPELINE_FILE}, manifest["files"], PIPELINE_FILE)
     components = {}
     for name, row in manifest["components"].items():
         document = folder / name / MANIFEST_FILE
@@ -159,9 +161,5 @@ def read(folder: Path) -> PipelineManifest:
 def refuse_strange_files(path: Path, files: Iterable[str]) -> None:
     """Raise ContractError for the first file that no build makes. path: of pipeline.json."""
     for name in sorted(files):
-        folder, _, file = name.rpartition("/")
-        is_tokenizer = folder.startswith("tokenizer") and "/" not in folder and file == TOKENIZER_FILE
-        if not (is_tokenizer or name == f"{SCHEDULER}/{SCHEDULER_FILE}" or name in OWN_FILES):
-            raise ContractError(
-                f"{path}: {name} is not a file that build makes; do not use this bundle, get it from its source"
-            )
+        if not PIPELINE_FILES.fullmatch(name):
+            raise ContractError(f"{path}: {name} {STRANGE}")

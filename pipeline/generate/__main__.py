@@ -19,8 +19,10 @@ import numpy as np
 
 from export.documents import open_file
 from export.errors import RecipeError
+from pipeline.bundle.hub import located
+from pipeline.bundle.pipeline_bundle import is_pipeline
 from pipeline.command import Answer, Parser, add_threads, parser, run
-from pipeline.files import PIPELINE_FILE, refuse_unwritable
+from pipeline.files import refuse_unwritable
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
 from pipeline.generate.pixel_model import PixelModel, makes_pixels
 from pipeline.progress import track
@@ -109,7 +111,7 @@ def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mappin
 def make_parser() -> Parser:
     """All flags of `generate`."""
     flags = parser("generate", DESCRIPTION)
-    flags.add_argument("bundle", type=Path, help="engine folder written by build")
+    flags.add_argument("bundle", help="engine folder written by build, or hf://OWNER/NAME[@REVISION]")
     flags.add_argument("--prompt", action="append", required=True, help="what to draw; several give a sheet")
     flags.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE.png")
     flags.add_argument("--negative-prompt", help="what guidance leads away from, of every prompt (default: none)")
@@ -139,7 +141,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     refuse_unwritable(args.output, False, "--output")
     if args.strength is not None and args.image is None:
         raise RecipeError(f"--strength {args.strength:g} without --image; it is of image-to-image alone")
-    name, pictures, seconds, request = _drawn(args)
+    with located(args.bundle) as folder:
+        name, pictures, seconds, request = _drawn(args, folder)
     scale = args.scale or default_scale(*pictures.shape[1:3])
     facts = {"engine": name, "prompts": json.dumps(request.prompts), "seed": request.seed}
     # One row for each prompt; with one picture of each, a sheet that is about square.
@@ -154,7 +157,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     return 0
 
 
-def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], DrawRequest]:
+def _drawn(args: argparse.Namespace, folder: Path) -> tuple[str, Pictures, dict[str, float], DrawRequest]:
     """The bundle's name, the pictures, the seconds that each part took, and what was asked for."""
     from pipeline import load
 
@@ -168,8 +171,7 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
         strength=STRENGTH if args.strength is None else args.strength,
     )
     image = None if args.image is None else read_image(args.image)
-    whole = (args.bundle / PIPELINE_FILE).is_file()
-    bundle = None if whole else load(args.bundle, args.threads)
+    bundle = None if is_pipeline(folder) else load(folder, args.threads)
     if bundle is not None:
         bundle.refuse_other_part()
     if bundle is not None and not makes_pixels(bundle):
@@ -181,7 +183,7 @@ def _drawn(args: argparse.Namespace) -> tuple[str, Pictures, dict[str, float], D
     if args.pipeline is not None:
         raise RecipeError(f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away")
     if bundle is None:
-        opened = Pipeline.load(args.bundle, args.target, args.threads, args.keep_loaded)
+        opened = Pipeline.load(folder, args.target, args.threads, args.keep_loaded)
     else:
         opened = open_pixels(bundle, args.prompt, args.target)
     with opened as pipeline:

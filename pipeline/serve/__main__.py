@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import RecipeError
@@ -34,7 +33,10 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 def make_parser() -> Parser:
     """All flags of `serve`."""
     flags = parser("serve", "Serve pictures of an engine: the OpenAI images API, a web page, health and metrics.")
-    flags.add_argument("bundle", type=Path, help="folder written by build, of a model of pixels or of a whole pipeline")
+    flags.add_argument(
+        "bundle",
+        help="engine folder written by build, or hf://OWNER/NAME[@REVISION], of a model of pixels or a pipeline",
+    )
     flags.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: at all of this machine's")
     flags.add_argument("--port", type=int, default=8000, help="0: any that is free")
     text = f"what /v1 asks for as a bearer token (default: that of {KEY_VARIABLE}, which other users cannot see; none)"

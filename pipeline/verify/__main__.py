@@ -18,7 +18,8 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS, PORTABLE, opened
 from pipeline.backends.base import LoweredGraph
 from pipeline.backends.metadata_file import LoweredHashes
-from pipeline.bundle.bundle import GENERATION_FILES, Bundle, load_bundle
+from pipeline.bundle.bundle import Bundle, load_bundle
+from pipeline.bundle.contents import GENERATION_FILES
 from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run

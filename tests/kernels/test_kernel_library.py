@@ -18,7 +18,7 @@ from export.errors import ContractError, EnvironmentLacksError
 from pipeline import load, machine
 from pipeline.backends import BACKENDS
 from pipeline.backends.cpu import CpuBackend, CpuOptions
-from pipeline.bundle.bundle import OLD_LIBRARY, OTHER_FILES, is_made_by_build
+from pipeline.bundle.contents import OLD_LIBRARY, OTHER_FILES, is_made_by_build
 from pipeline.recipe import Recipe
 from plugins.cpu import library
 from tests.support import native

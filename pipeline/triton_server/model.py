@@ -1,0 +1,97 @@
+"""A bundle behind Triton Inference Server's Python backend; the bundle lies beside the folder of this file.
+
+Not run in a Triton server by those who wrote it: tested with a stand-in of triton_python_backend_utils.
+
+Each request has PROMPT [n] BYTES, and may have NEGATIVE_PROMPT [n] BYTES, SEED [1] INT64, STEPS [1] INT32 and
+GUIDANCE [1] FP32; it gets IMAGES [n, height, width, channels] UINT8, of prompt i with the seed SEED + i.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # the server's own
+
+from ditc import Pipeline, UserError
+
+logger = logging.getLogger(__name__)
+
+# Of a request, so that a slip of the finger is refused.
+MOST_PROMPTS = 64
+
+
+class TritonPythonModel:
+    """One engine, loaded once for each instance of the model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the bundle. args: as the server gives them, model_config as JSON."""
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        threads = parameters.get("threads", {}).get("string_value")
+        bundle = Path(args["model_repository"]) / "bundle"
+        self.pipeline = Pipeline.load(bundle, threads=int(threads) if threads else None)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response for each request; one that cannot be drawn gets an error of one sentence."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            images = self._draw(request)
+        except UserError as error:
+            return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error)))
+        except Exception as error:  # a bug of one request is no reason to end the server's others
+            logger.exception("a request failed")
+            message = f"internal error, {type(error).__name__}; see the server's log"
+            return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(message))
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("IMAGES", images)])
+
+    def _draw(self, request: Any) -> Any:
+        """Pictures [n, H, W, C] uint8. Raises UserError for what cannot be drawn."""
+        prompts = _texts(request, "PROMPT") or []
+        if not 1 <= len(prompts) <= MOST_PROMPTS:
+            raise UserError(f"{len(prompts)} prompts in one request; give 1 to {MOST_PROMPTS}")
+        seed = int(_number(request, "SEED", 0))
+        steps, guidance = _number(request, "STEPS", None), _number(request, "GUIDANCE", None)
+        negative = _texts(request, "NEGATIVE_PROMPT")
+        pictures = []
+        for i, prompt in enumerate(prompts):
+            output = self.pipeline(
+                prompt,
+                seed=seed + i,
+                num_inference_steps=None if steps is None else int(steps),
+                guidance_scale=None if guidance is None else float(guidance),
+                negative_prompt=None if negative is None else negative[i % len(negative)],
+            )
+            pictures.append(np.atleast_3d(np.asarray(output.images[0])))
+        return np.stack(pictures)
+
+    def finalize(self) -> None:
+        """Free the engine."""
+        self.pipeline.close()
+
+
+def _texts(request: Any, name: str) -> list[str] | None:
+    """The texts of an input, None where it is not there. Raises UserError for bytes that are no UTF-8."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    values = tensor.as_numpy().ravel().tolist()
+    try:
+        return [value.decode() if isinstance(value, bytes) else str(value) for value in values] or None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not text in UTF-8 ({error.reason})") from error
+
+
+def _number(request: Any, name: str, absent: int | None) -> Any:
+    """The one number of an input, `absent` where it is not there. Raises UserError for several."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return absent
+    values = tensor.as_numpy().ravel()
+    if len(values) != 1:
+        raise UserError(f"{name} has {len(values)} numbers; give one")
+    return values[0].item()
