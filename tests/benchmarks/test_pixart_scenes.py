@@ -11,9 +11,8 @@ import torch
 from diffusers import PixArtAlphaPipeline
 
 from benchmarks.zoo.pixart_scenes import __main__ as command
-from benchmarks.zoo.pixart_scenes import board, parts, reader, stage, train
+from benchmarks.zoo.pixart_scenes import board, parts, picture, reader, stage, train
 from benchmarks.zoo.pixart_scenes.captions import caption, captions
-from benchmarks.zoo.pixart_scenes.picture import looks_of
 from benchmarks.zoo.pixart_scenes.publish import SIZE_LIMIT_BYTES, publish, refuse_infinite, size_bytes
 from benchmarks.zoo.pixart_scenes.stage import Stage
 from benchmarks.zoo.pixart_scenes.text import MAX_LENGTH, load_tokenizer
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.torch
 TINY = train.Plan(
     reader=Stage("reader", 2, 4, 1e-3),
     autoencoder=Stage("autoencoder", 2, 2, 1e-3, every=2),
-    denoiser=Stage("denoiser", 4, 3, 1e-3, every=1),
+    denoiser=Stage("denoiser", 4, 3, 1e-3, every=2),
     latents=8,
     save_every_s=0.0,
 )
@@ -134,7 +133,7 @@ def test_items_exchanged_are_a_wrong_relation():
     assert asked.all()
 
 
-def test_the_reader_learns_from_the_places_that_are_drawn(scenes):
+def test_the_reader_learns_from_the_places_that_are_drawn():
     # One batch again and again: were the places others than those drawn, nothing could be learned.
     torch.manual_seed(0)
     judge = reader.Reader()
@@ -162,7 +161,8 @@ def work_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LATENTS_IN_FILE", 4)
-        train.train(TINY, folder, 1, looks_of(TINY, folder, 1))
+        patch.setattr(picture, "LOOKS", 2)
+        train.train(TINY, folder, 1, picture.looks_of(TINY, folder, 1))
     return folder
 
 
@@ -195,7 +195,7 @@ def test_a_run_is_not_gone_on_with_under_another_seed(work_dir):
 def test_progress_is_written_down(work_dir):
     rows = [json.loads(line) for line in (work_dir / "progress.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [
-        ("reader", 2), ("autoencoder", 2), *(("denoiser", step) for step in (1, 2, 3, 4))
+        ("reader", 2), ("autoencoder", 2), ("denoiser", 2), ("denoiser", 4),
     ]  # fmt: skip
     assert all(0 <= row[slot] <= 1 for row in rows for slot in reader.SLOTS)
     assert (work_dir / "sheets" / "denoiser_000004.png").is_file()

@@ -1,2 +1,1 @@
-"""A whole small PixArt-alpha pipeline in latent space, made from nothing: scenes, captions, tokenizer, autoencoder,
-text encoder, denoiser, and the reader that judges its pictures."""
+"""A whole small PixArt-alpha pipeline made from nothing: scenes, tokenizer, all parts trained, and their judge."""

@@ -151,7 +151,12 @@ def _cover(kinds: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, radius: torc
 
 def draw(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Pictures in [-1, 1], [count, 3, 64, 64] float32, of labels [count, 14]."""
-    count, standing = len(labels), place(labels, generator)
+    return paint(labels, place(labels, generator), generator)
+
+
+def paint(labels: torch.Tensor, standing: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`draw`, with the copies in given squares (see `place`)."""
+    count = len(labels)
     palette, grounds = torch.tensor(list(COLOURS.values())), torch.tensor(list(BACKGROUNDS.values()))
     squares = grounds[labels[:, 1]][:, None, :, None, None].repeat(1, BOARD * BOARD, 1, SQUARE, SQUARE)
     move, vary = (torch.rand(count, BOARD * BOARD, 2, generator=generator) * 2 - 1 for _ in range(2))

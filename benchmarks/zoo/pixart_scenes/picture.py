@@ -78,7 +78,7 @@ def save_sheet(pictures: torch.Tensor, path: Path) -> None:
 
 
 def _note(
-    work_dir: Path, stage: str, step: int, labels: torch.Tensor, judge: reader.Reader, drawn: torch.Tensor
+    work_dir: Path, stage: str, step: int, labels: torch.Tensor, judge: torch.nn.Module, drawn: torch.Tensor
 ) -> None:
     """A line of progress.jsonl, and a sheet."""
     row = {"stage": stage, "step": step, **reader.accuracy(labels, judge.read(drawn))}
@@ -92,10 +92,8 @@ def looks_of(plan: Plan, work_dir: Path, seed: int) -> dict[str, Look]:
     """What is drawn and read while training, on the same held-out scenes each time."""
     labels = board.sample_split(LOOKS, torch.Generator().manual_seed(seed), held_out=True)
 
-    def judge() -> reader.Reader:
-        judge = reader.Reader()
-        trained(plan.reader, judge, work_dir)
-        return judge
+    def judge() -> torch.nn.Module:
+        return trained(plan.reader, reader.Reader(), work_dir)
 
     def reader_look(module: torch.nn.Module, step: int) -> None:
         drawn = board.draw(labels, torch.Generator().manual_seed(seed))

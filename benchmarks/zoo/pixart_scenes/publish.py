@@ -43,14 +43,14 @@ def _facts(plan: Plan, work_dir: Path, pipeline: PixArtAlphaPipeline) -> Json:
     rows = {}
     for settings in (plan.reader, plan.autoencoder, plan.denoiser):
         state = read_state(settings.path(work_dir))
-        rows[settings.name] = {key: state[key] for key in ("step", "hours", "loss", "seed")} | {
+        rows[settings.name] = {key: state[key] for key in ("step", "cpu_hours", "loss", "seed")} | {
             "planned_steps": settings.steps, "batch_size": settings.batch_size, "peak_lr": settings.peak_lr
         }  # fmt: skip
     sizes = {part: sum(value.numel() for value in getattr(pipeline, part).parameters()) for part in PARTS}
     return {"stages": rows, "latents": plan.latents, "parameters": sizes}
 
 
-def measure(pipeline: PixArtAlphaPipeline, judge: reader.Reader, count: int, seed: int) -> tuple[Json, torch.Tensor]:
+def measure(pipeline: PixArtAlphaPipeline, judge: torch.nn.Module, count: int, seed: int) -> tuple[Json, torch.Tensor]:
     """How many of `count` held-out scenes are drawn rightly, and the pictures."""
     labels = board.sample_split(count, torch.Generator().manual_seed(seed), held_out=True)
     real = board.draw(labels, torch.Generator().manual_seed(seed))
@@ -81,8 +81,7 @@ def publish(plan: Plan, work_dir: Path, folder: Path, seed: int, count: int) -> 
     pipeline.to(torch.float16)
     pipeline.vae.to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder)
-    judge = reader.Reader()
-    trained(plan.reader, judge, work_dir)
+    judge = trained(plan.reader, reader.Reader(), work_dir)
     save_file(judge.state_dict(), folder / READER_FILE, metadata={"format": "pt"})
     write_json(folder / "training.json", facts)
     pipeline.to(torch.float32)  # the values that fp16 holds
@@ -161,9 +160,9 @@ def card(folder: Path) -> str:
     pieces = len(json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     rows.append(f"| tokenizer | `{index['tokenizer'][1]}` | | Unigram, {pieces} pieces |")
     stages = record.markdown(
-        ("stage", "steps", "of", "batch", "peak learning rate", "loss (running mean)", "hours"),
+        ("stage", "steps", "of", "batch", "peak learning rate", "loss (running mean)", "hours of one core"),
         ((name, row["step"], row["planned_steps"], row["batch_size"], row["peak_lr"], f"{row['loss']:.4f}",
-          f"{row['hours']:.2f}") for name, row in facts["stages"].items()),
+          f"{row['cpu_hours']:.2f}") for name, row in facts["stages"].items()),
     )  # fmt: skip
     read = ("accuracy", "accuracy_of_scenes", "accuracy_of_decoded_scenes")
     quality = record.markdown(

@@ -76,9 +76,8 @@ def truth(labels: torch.Tensor, standing: torch.Tensor) -> dict[str, torch.Tenso
 def loss_at(reader: torch.nn.Module, batch_size: int, generator: torch.Generator) -> torch.Tensor:
     """On pictures of training scenes, made noisy at random."""
     labels = board.sample_split(batch_size, generator)
-    state = generator.get_state()
     standing = board.place(labels, generator)
-    pictures = board.draw(labels, generator.set_state(state))  # draws the same places
+    pictures = board.paint(labels, standing, generator)
     strength = NOISE * torch.rand(batch_size, 1, 1, 1, generator=generator)
     logits = reader(pictures + strength * torch.randn(pictures.shape, generator=generator))
     expected = truth(labels, standing)

@@ -89,16 +89,17 @@ def run(
     optimiser = torch.optim.AdamW(
         module.parameters(), lr=stage.peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
-    path, first, hours, running = stage.path(work_dir), 0, 0.0, float("nan")
+    path, first, cpu_hours, running = stage.path(work_dir), 0, 0.0, float("nan")
     if path.is_file():
         state = read_state(path)
         if state["seed"] != seed:
             raise ValueError(f"{path} was made with seed {state['seed']}, not {seed}; name another folder")
         for part, key in ((module, "module"), (average, "average"), (optimiser, "optimiser")):
             part.load_state_dict(state[key])
-        first, hours, running = state["step"], state["hours"], state["loss"]
-        logger.info("%s: on from step %d after %.2f h", stage.name, first, hours)
-    started = saved = time.monotonic()
+        first, cpu_hours, running = state["step"], state["cpu_hours"], state["loss"]
+        logger.info("%s: on from step %d after %.2f hours of one core", stage.name, first, cpu_hours)
+    # Of the cores, not of the clock: other work may share the machine, and a run may stand still.
+    started, saved = time.process_time(), time.monotonic()
     for step in track(range(first, stage.steps), stage.steps, stage.name, first, every_s=60):
         for group in optimiser.param_groups:
             group["lr"] = stage.learning_rate(step)
@@ -112,9 +113,9 @@ def run(
         last, now = step + 1 == stage.steps, time.monotonic()
         if last or now - saved >= save_every_s:
             state = dict(module=module.state_dict(), average=average.state_dict(), optimiser=optimiser.state_dict())
-            spent, saved = hours + (now - started) / 3600, now
-            _write(path, dict(state, step=step + 1, hours=spent, loss=running, seed=seed))
-            logger.info("%s: step %d, loss %.4f, %.2f h", stage.name, step + 1, running, spent)
+            spent, saved = cpu_hours + (time.process_time() - started) / 3600, now
+            _write(path, dict(state, step=step + 1, cpu_hours=spent, loss=running, seed=seed))
+            logger.info("%s: step %d, loss %.4f, %.2f hours of one core", stage.name, step + 1, running, spent)
         if look is not None and (last or (stage.every and (step + 1) % stage.every == 0)):
             look(average, step + 1)
 

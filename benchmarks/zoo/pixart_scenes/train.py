@@ -47,7 +47,7 @@ class Plan:
 PLAN = Plan(
     reader=Stage("reader", 3000, 64, 2e-3),
     autoencoder=Stage("autoencoder", 4000, 16, 1e-3, every=1000),
-    denoiser=Stage("denoiser", 14000, 64, 8e-4, every=1000),
+    denoiser=Stage("denoiser", 16000, 32, 6e-4, every=1000),
     latents=60_000,
 )
 
