@@ -244,6 +244,7 @@ def test_diffusers_draws_from_the_folder(published):
     image = pipeline(
         "two small red circles on white", num_inference_steps=2, use_resolution_binning=False, generator=generator()
     ).images[0]
+    assert {pipeline.text_encoder.dtype, pipeline.transformer.dtype, pipeline.vae.dtype} == {torch.float32}
     assert image.size == (board.RESOLUTION, board.RESOLUTION)
     assert size_bytes(published) <= SIZE_LIMIT_BYTES
 

@@ -9,7 +9,6 @@ three minutes), to the very weights of a run that was never stopped, with as man
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from benchmarks import record
@@ -45,4 +44,4 @@ def refuse_other_run(parser: argparse.ArgumentParser, arguments: argparse.Namesp
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

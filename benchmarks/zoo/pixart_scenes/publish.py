@@ -70,6 +70,11 @@ def measure(pipeline: PixArtAlphaPipeline, judge: torch.nn.Module, count: int, s
     return document, drawn
 
 
+def _open_in_float32(path: Path) -> None:
+    """transformers opens a model in the type that its config names, diffusers its parts in float32: all in one."""
+    write_json(path, record.read(path) | {"dtype": "float32"})
+
+
 def publish(plan: Plan, work_dir: Path, folder: Path, seed: int, count: int) -> Json:
     """Write the pipeline of a working folder, the reader, what was measured and the card; return what was measured.
 
@@ -81,6 +86,7 @@ def publish(plan: Plan, work_dir: Path, folder: Path, seed: int, count: int) -> 
     pipeline.to(torch.float16)
     pipeline.vae.to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder)
+    _open_in_float32(folder / "text_encoder" / "config.json")
     judge = trained(plan.reader, reader.Reader(), work_dir)
     save_file(judge.state_dict(), folder / READER_FILE, metadata={"format": "pt"})
     write_json(folder / "training.json", facts)
