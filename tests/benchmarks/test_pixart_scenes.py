@@ -133,6 +133,12 @@ def test_items_exchanged_are_a_wrong_relation():
     assert asked.all()
 
 
+def test_an_empty_picture_shows_no_relation():
+    labels = torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1, 2, 10, 0, 0, 0, 0]])
+    shares = reader.accuracy(labels, perfectly_read(labels, torch.full((1, 16), -1)))
+    assert {slot for slot in reader.SLOTS if shares[slot] == 1} == {"background"}
+
+
 def test_the_reader_learns_from_the_places_that_are_drawn():
     # One batch again and again: were the places others than those drawn, nothing could be learned.
     torch.manual_seed(0)

@@ -108,8 +108,8 @@ def right(labels: torch.Tensor, read: dict[str, torch.Tensor]) -> tuple[torch.Te
     """What of each caption its picture shows: (right, asked), bool [count, slots in the order of `SLOTS`].
 
     A slot is right if it is so of all items. asked: whether the caption says anything of it (glyphs, and relations
-    where there are several items). A relation is right unless the picture fits better with the items exchanged or in
-    the other arrangement of as many.
+    where there are several items). A relation is right if each item's squares show its colour or its kind, and the
+    picture does not fit better with the items exchanged or in the other arrangement of as many.
     """
     fields = labels[:, board.FIRST :].view(len(labels), board.ITEMS, board.FIELDS)
     shown = torch.stack([regions(read, arrangement) for arrangement in range(len(board.ARRANGEMENTS))], 1)
@@ -131,17 +131,18 @@ def _relation(arrangement: torch.Tensor, fields: torch.Tensor, shown: torch.Tens
     fits = torch.ones(len(fields), dtype=torch.bool)
     for items in (2, 3):
         rows = ((fields[:, :, 0] > 0).sum(1) == items).nonzero()[:, 0]
-        # By arrangement and order of the items: colours and kinds that fit, [rows, arrangements x orders].
+        # By arrangement and order of the items: how many colours and kinds of each fit, [rows, items].
         scores = {
-            (place, order): (shown[rows, place, :items, 2:] == fields[rows][:, list(order), 2:]).sum((1, 2))
+            (place, order): (shown[rows, place, :items, 2:] == fields[rows][:, list(order), 2:]).sum(2)
             for place in board.ARRANGEMENTS_OF[items]
             for order in permutations(range(items))
         }
-        best = torch.stack(list(scores.values())).amax(0)
+        best = torch.stack([score.sum(1) for score in scores.values()]).amax(0)
         as_told = tuple(range(items))
         asked = torch.stack([scores[place, as_told] for place in board.ARRANGEMENTS_OF[items]], 1)
         chosen = arrangement[rows] - board.ARRANGEMENTS_OF[items][0]
-        fits[rows] = asked.gather(1, chosen[:, None])[:, 0] == best
+        own = asked[torch.arange(len(rows)), chosen]
+        fits[rows] = (own > 0).all(1) & (own.sum(1) == best)
     return fits
 
 
