@@ -1,0 +1,189 @@
+"""What each stage learns from: the autoencoder from drawn scenes, the text encoder and the denoiser together from
+latents of scenes and captions. All is made in `work_dir`, and what is there is not made again.
+
+The denoiser is a rectified flow: x = (1 - t) data + t noise, target noise - data, timestep 1000 t. No scene of the
+held-out ones is trained on, by any part.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch.nn.functional import l1_loss
+from transformers import T5Tokenizer
+
+from benchmarks.zoo.pixart_scenes import board, parts, reader
+from benchmarks.zoo.pixart_scenes.captions import captions
+from benchmarks.zoo.pixart_scenes.stage import Stage, is_done, read_state, run
+from benchmarks.zoo.pixart_scenes.text import load_tokenizer, train_tokenizer
+from pipeline.files import write_json
+from pipeline.progress import track
+
+logger = logging.getLogger(__name__)
+KL_WEIGHT = 5e-4
+DROP_SHARE = 0.1  # of captions, for classifier-free guidance
+LATENTS_IN_FILE = 2000
+Look = Callable[[torch.nn.Module, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained. `latents`: scenes that the denoiser learns from, a multiple of `LATENTS_IN_FILE`."""
+
+    reader: Stage
+    autoencoder: Stage
+    denoiser: Stage
+    latents: int
+    save_every_s: float = 180.0
+
+
+PLAN = Plan(
+    reader=Stage("reader", 3000, 64, 2e-3),
+    autoencoder=Stage("autoencoder", 4000, 16, 1e-3, every=1000),
+    denoiser=Stage("denoiser", 16000, 32, 6e-4, every=1000),
+    latents=60_000,
+)
+
+
+# --- the parts of a working folder ------------------------------------------------------------------------------------
+
+
+def tokenizer_of(work_dir: Path, seed: int) -> T5Tokenizer:
+    """Trained if it is not there."""
+    folder = work_dir / "tokenizer"
+    if not folder.is_dir():
+        partial_folder = work_dir / "tokenizer.part"
+        train_tokenizer(partial_folder, seed)
+        partial_folder.rename(folder)
+    return load_tokenizer(folder)
+
+
+def new_denoiser(vocabulary: int) -> torch.nn.ModuleDict:
+    """The parts that are trained together."""
+    return torch.nn.ModuleDict({"text_encoder": parts.text_encoder(vocabulary), "transformer": parts.denoiser()})
+
+
+def trained(stage: Stage, module: torch.nn.Module, work_dir: Path) -> torch.nn.Module:
+    """`module` with the averaged weights of a stage's state, as far as it is."""
+    module.load_state_dict(read_state(stage.path(work_dir))["average"])
+    return module.eval().requires_grad_(False)
+
+
+# --- the autoencoder and its latents ----------------------------------------------------------------------------------
+
+
+def autoencoder_loss(vae: torch.nn.Module, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Of drawn scenes: absolute error, and a little of the distance between latents and a normal distribution."""
+    labels = board.sample_split(batch_size, generator)
+    pictures = board.draw(labels, generator).contiguous(memory_format=torch.channels_last)
+    latents = vae.encode(pictures).latent_dist
+    decoded = vae.decode(latents.sample(generator)).sample
+    divergence = 0.5 * (latents.mean**2 + latents.var - 1 - latents.logvar).mean()
+    return l1_loss(decoded, pictures) + KL_WEIGHT * divergence
+
+
+def latent_labels(file: int, seed: int) -> tuple[torch.Tensor, torch.Generator]:
+    """Labels of the scenes of one file of latents, and the generator that draws them."""
+    generator = torch.Generator().manual_seed((seed + 1) * 7_000_003 + file)
+    return board.sample_split(LATENTS_IN_FILE, generator), generator
+
+
+@torch.inference_mode()
+def _write_latents(vae: AutoencoderKL, file: int, seed: int, path: Path) -> None:
+    labels, generator = latent_labels(file, seed)
+    pictures = board.draw(labels, generator)
+    means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(50)])
+    incomplete = path.with_suffix(".part")
+    with incomplete.open("wb") as stream:
+        np.save(stream, means.contiguous().numpy().astype(np.float16))
+    os.replace(incomplete, path)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Scenes to train on: labels [count, 14], and latents [count, 4, 16, 16] float16 as the encoder gives them."""
+
+    labels: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def scaling_factor(self) -> float:
+        """What brings latents to a standard deviation of one, to four digits."""
+        return float(f"{1 / self.values[:LATENTS_IN_FILE].float().std().item():.4g}")
+
+
+def latents_of(work_dir: Path, vae: AutoencoderKL, count: int, seed: int) -> Latents:
+    """Encoded if they are not there, file by file."""
+    folder = work_dir / "latents"
+    folder.mkdir(exist_ok=True)
+    files = range(count // LATENTS_IN_FILE)
+    paths = [folder / f"{file:03}.npy" for file in files]
+    for file in track(files, len(files), "latents"):
+        if not paths[file].is_file():
+            _write_latents(vae, file, seed, paths[file])
+    labels = torch.cat([latent_labels(file, seed)[0] for file in files])
+    return Latents(labels, torch.cat([torch.from_numpy(np.load(path)) for path in paths]))
+
+
+# --- text encoder and denoiser ----------------------------------------------------------------------------------------
+
+
+def denoiser_loss(
+    models: torch.nn.ModuleDict, tokenizer: T5Tokenizer, data: Latents, batch_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Of scenes told at random, some of them not at all."""
+    rows = torch.randint(len(data.labels), (batch_size,), generator=generator)
+    way = int(torch.randint(2**31, (1,), generator=generator))
+    dropped = torch.rand(batch_size, generator=generator) < DROP_SHARE
+    told = captions(data.labels[rows], way)
+    texts = ["" if drop else text for text, drop in zip(told, dropped, strict=True)]
+    tokens = tokenizer(texts, padding="longest", return_tensors="pt")
+    hidden = models["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    latents = data.values[rows].float() * data.scaling_factor
+    t = torch.sigmoid(torch.randn(batch_size, generator=generator))
+    noise = torch.randn(latents.shape, generator=generator)
+    mix = t[:, None, None, None]
+    velocity = models["transformer"](
+        (1 - mix) * latents + mix * noise,
+        encoder_hidden_states=hidden,
+        encoder_attention_mask=tokens.attention_mask,
+        timestep=t * 1000,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+    )[0]
+    return ((velocity - (noise - latents)) ** 2).mean()
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def train(plan: Plan, work_dir: Path, seed: int, looks: dict[str, Look]) -> None:
+    """All stages, each from where it is. looks: what is called with a stage's averaged module, by its name."""
+    tokenizer = tokenizer_of(work_dir, seed)
+
+    def stage(settings: Stage, module: torch.nn.Module, loss: Callable[..., torch.Tensor]) -> None:
+        if not is_done(settings, work_dir):
+            run(settings, module, loss, work_dir, seed, plan.save_every_s, looks.get(settings.name))
+
+    torch.manual_seed(seed)
+    stage(plan.reader, reader.Reader(), lambda module, batch: reader.loss_at(module, plan.reader.batch_size, batch))
+    torch.manual_seed(seed)
+    vae = parts.autoencoder()
+    stage(plan.autoencoder, vae, lambda module, batch: autoencoder_loss(module, plan.autoencoder.batch_size, batch))
+    trained(plan.autoencoder, vae, work_dir)
+    data = latents_of(work_dir, vae, plan.latents, seed)
+    write_json(work_dir / "scaling_factor.json", data.scaling_factor)
+    torch.manual_seed(seed)
+    batch_size = plan.denoiser.batch_size
+    stage(
+        plan.denoiser,
+        new_denoiser(len(tokenizer)),
+        lambda models, batch: denoiser_loss(models, tokenizer, data, batch_size, batch),
+    )

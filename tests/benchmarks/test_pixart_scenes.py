@@ -1,0 +1,307 @@
+"""The small real pipeline: scenes and captions, the reader's judgement, exact resumption, and a folder that diffusers
+and this project's tokenizer read."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PixArtAlphaPipeline
+
+from benchmarks.zoo.pixart_scenes import __main__ as command
+from benchmarks.zoo.pixart_scenes import board, parts, picture, reader, stage, train
+from benchmarks.zoo.pixart_scenes.captions import caption, captions
+from benchmarks.zoo.pixart_scenes.publish import SIZE_LIMIT_BYTES, publish, refuse_infinite, size_bytes
+from benchmarks.zoo.pixart_scenes.stage import Stage
+from benchmarks.zoo.pixart_scenes.text import MAX_LENGTH, load_tokenizer
+from pipeline.generate.convert_tokenizer import convert_tokenizer
+from pipeline.generate.schedulers.config import SCHEDULERS
+from pipeline.generate.tokenizer import TOKENIZER_FILE, PromptTokenizer
+
+pytestmark = pytest.mark.torch
+TINY = train.Plan(
+    reader=Stage("reader", 2, 4, 1e-3),
+    autoencoder=Stage("autoencoder", 2, 2, 1e-3, every=2),
+    denoiser=Stage("denoiser", 4, 3, 1e-3, every=2),
+    latents=8,
+    save_every_s=0.0,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def perfectly_read(labels, standing):
+    """What a reader without faults reads of scenes."""
+    true = reader.truth(labels, standing)
+    return {name: value.clamp(min=0) for name, value in true.items()} | {"background": labels[:, 1]}
+
+
+@pytest.fixture
+def scenes():
+    labels = board.sample_labels(400, generator())
+    return labels, board.place(labels, generator(1))
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+def test_scenes_and_captions_are_the_same_for_the_same_seed():
+    first, second = (board.sample_labels(20, generator(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(board.draw(first, generator(4)), board.draw(second, generator(4)))
+    assert captions(first, 5) == captions(second, 5) != captions(first, 6)
+
+
+def test_every_item_has_its_copies_in_its_own_squares(scenes):
+    labels, standing = scenes
+    owners = board.owners()[labels[:, 0]]
+    assert (owners[standing >= 0] == standing[standing >= 0]).all()
+    for index in range(board.ITEMS):
+        assert torch.equal((standing == index).sum(1), board.item(labels, index)[:, 0])
+    counts = labels[:, board.FIRST :: board.FIELDS]
+    assert counts.max() == board.MOST_COPIES
+    assert torch.equal((counts > 0).sum(1), torch.tensor([1, 2, 2, 3, 3])[labels[:, 0]])
+
+
+def test_a_square_shows_its_colour_and_an_empty_one_the_background(scenes):
+    labels, standing = scenes
+    pictures = board.draw(labels, generator(1))
+    squares = pictures.unfold(2, 16, 16).unfold(3, 16, 16).flatten(2, 3)  # [count, 3, 16 squares, 16, 16]
+    ground = torch.tensor(list(board.BACKGROUNDS.values()))[labels[:, 1]][:, :, None, None, None] * 2 - 1
+    moved = (squares - ground).abs().amax((1, 3, 4))
+    assert torch.equal(moved > 0.05, standing >= 0)
+
+
+def test_a_scene_is_told_in_several_ways_that_mean_the_same():
+    label = torch.tensor([3, 4, 2, 0, 0, 4, 1, 1, 2, 10, 3, 0, 5, 12])
+    told = {caption(label, random.Random(seed).choice) for seed in range(60)}
+    assert caption(label) == (
+        "two small red crosses left of a large blue letter k, both above three small orange letters r, on mint"
+    )
+    assert "one large blue letter k right of two small red crosses, both above" in " ".join(told)
+    assert len(told) == 12
+
+
+def test_one_scene_in_nine_is_held_out_and_never_sampled_for_training():
+    assert 0.08 < board.is_held_out(board.sample_labels(5000, generator())).double().mean() < 0.15
+    assert not board.is_held_out(board.sample_split(500, generator())).any()
+    assert board.is_held_out(board.sample_split(100, generator(), held_out=True)).all()
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_scene_that_is_read_as_it_is_is_right_in_everything(scenes):
+    labels, standing = scenes
+    shares = reader.accuracy(labels, perfectly_read(labels, standing))
+    assert set(shares) == {*reader.SLOTS, "mean", "everything"}
+    assert set(shares.values()) == {1.0}
+
+
+@pytest.mark.parametrize("head,slots", [("size", {"size"}), ("background", {"background"})])
+def test_another_value_read_is_wrong_in_its_slot_alone(scenes, head, slots):
+    labels, standing = scenes
+    read = perfectly_read(labels, standing)
+    read[head] = (read[head] + 1) % reader.HEADS[head]
+    shares = reader.accuracy(labels, read)
+    assert {slot for slot in reader.SLOTS if shares[slot] < 1} == slots
+    assert shares["everything"] == 0
+
+
+def test_a_copy_too_few_is_a_wrong_count_and_nothing_else(scenes):
+    labels, standing = scenes
+    several = board.item(labels, 0)[:, 0] > 2
+    labels, standing = labels[several], standing[several]
+    read = perfectly_read(labels, standing)
+    first = (standing == 0).int().argmax(1)
+    read["kind"][torch.arange(len(labels)), first] = reader.EMPTY
+    shares = reader.accuracy(labels, read)
+    assert {slot for slot in reader.SLOTS if shares[slot] < 1} == {"count"}
+
+
+def test_items_exchanged_are_a_wrong_relation():
+    label = torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1, 2, 10, 0, 0, 0, 0]])
+    exchanged = label[:, [0, 1, 6, 7, 8, 9, 2, 3, 4, 5, 10, 11, 12, 13]]
+    is_right, asked = reader.right(label, perfectly_read(exchanged, board.place(exchanged, generator())))
+    by_slot = dict(zip(reader.SLOTS, is_right[0].tolist(), strict=True))
+    assert by_slot["count"] and by_slot["background"] and not by_slot["relation"] and not by_slot["colour"]
+    assert asked.all()
+
+
+def test_an_empty_picture_shows_no_relation():
+    labels = torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1, 2, 10, 0, 0, 0, 0]])
+    shares = reader.accuracy(labels, perfectly_read(labels, torch.full((1, 16), -1)))
+    assert {slot for slot in reader.SLOTS if shares[slot] == 1} == {"background"}
+
+
+def test_the_reader_learns_from_the_places_that_are_drawn():
+    # One batch again and again: were the places others than those drawn, nothing could be learned.
+    torch.manual_seed(0)
+    judge = reader.Reader()
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(15):
+        loss = reader.loss_at(judge, 8, generator())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory):
+    """A working folder whose run was trained to the end at once."""
+    folder = tmp_path_factory.mktemp("scenes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LATENTS_IN_FILE", 4)
+        patch.setattr(picture, "LOOKS", 2)
+        train.train(TINY, folder, 1, picture.looks_of(TINY, folder, 1))
+    return folder
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(work_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LATENTS_IN_FILE", 4)
+
+    def stop(module, step):
+        if step == 2:
+            raise Stopped
+
+    for name in ("autoencoder", "denoiser"):
+        with pytest.raises(Stopped):
+            train.train(TINY, tmp_path, 1, {name: stop})
+        if name == "autoencoder":  # stopped after its last step: the stage is done
+            assert stage.is_done(TINY.autoencoder, tmp_path)
+    assert not stage.is_done(TINY.denoiser, tmp_path)
+    train.train(TINY, tmp_path, 1, {})
+    for settings in (TINY.reader, TINY.autoencoder, TINY.denoiser):
+        straight, resumed = (stage.read_state(settings.path(folder)) for folder in (work_dir, tmp_path))
+        for part in ("module", "average"):
+            assert all(torch.equal(straight[part][name], resumed[part][name]) for name in straight[part])
+        assert straight["loss"] == resumed["loss"]
+
+
+def test_a_run_is_not_gone_on_with_under_another_seed(work_dir):
+    with pytest.raises(ValueError, match="was made with seed 1, not 2"):
+        stage.run(TINY.reader, reader.Reader(), None, work_dir, 2, 0.0)
+
+
+def test_progress_is_written_down(work_dir):
+    rows = [json.loads(line) for line in (work_dir / "progress.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        ("reader", 2), ("autoencoder", 2), ("denoiser", 2), ("denoiser", 4),
+    ]  # fmt: skip
+    assert all(0 <= row[slot] <= 1 for row in rows for slot in reader.SLOTS)
+    assert (work_dir / "sheets" / "denoiser_000004.png").is_file()
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    settings = dataclasses.replace(TINY.denoiser, steps=1000)
+    rates = [settings.learning_rate(step) for step in range(1000)]
+    assert rates[0] == pytest.approx(settings.peak_lr / stage.WARM_UP)
+    assert max(rates) == rates[500] == settings.peak_lr
+    assert rates[-1] == pytest.approx(settings.peak_lr / 100)
+
+
+def test_captions_with_more_padding_condition_alike(work_dir):
+    models = train.trained(TINY.denoiser, train.new_denoiser(len(load_tokenizer(work_dir / "tokenizer"))), work_dir)
+    tokenizer = load_tokenizer(work_dir / "tokenizer")
+    drawn = []
+    for length in (24, MAX_LENGTH):
+        tokens = tokenizer(["a red ring on sky"], padding="max_length", max_length=length, return_tensors="pt")
+        hidden = models["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        drawn.append(
+            models["transformer"](
+                torch.randn(1, 4, 16, 16, generator=generator()),
+                encoder_hidden_states=hidden,
+                encoder_attention_mask=tokens.attention_mask,
+                timestep=torch.tensor([500.0]),
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0]
+        )
+    assert torch.allclose(*drawn, atol=1e-5)
+
+
+# --- the published folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(work_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    publish(TINY, work_dir, folder, seed=1, count=4)
+    return folder
+
+
+def test_diffusers_draws_from_the_folder(published):
+    pipeline = PixArtAlphaPipeline.from_pretrained(published, local_files_only=True)
+    image = pipeline(
+        "two small red circles on white", num_inference_steps=2, use_resolution_binning=False, generator=generator()
+    ).images[0]
+    assert {pipeline.text_encoder.dtype, pipeline.transformer.dtype, pipeline.vae.dtype} == {torch.float32}
+    assert image.size == (board.RESOLUTION, board.RESOLUTION)
+    assert size_bytes(published) <= SIZE_LIMIT_BYTES
+
+
+def test_the_tokenizer_is_read_without_transformers_alike(published, tmp_path):
+    convert_tokenizer(published / "tokenizer", "T5Tokenizer", tmp_path)
+    own, theirs = PromptTokenizer.load(tmp_path / TOKENIZER_FILE), load_tokenizer(published / "tokenizer")
+    prompts = [*captions(board.sample_labels(50, generator()), 0), "", "a lighthouse, at dusk: zebra!", "ring " * 200]
+    tokens = own(prompts)
+    expected = theirs(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="np")
+    assert tokens.input_ids.shape == (len(prompts), MAX_LENGTH)
+    assert np.array_equal(tokens.input_ids, expected.input_ids)
+    assert np.array_equal(tokens.attention_mask, expected.attention_mask)
+    assert tokens.input_ids[:-1].max() < len(theirs) and not (tokens.input_ids == theirs.unk_token_id).any()
+
+
+def test_the_scheduler_is_one_that_the_run_time_has(published):
+    config = json.loads((published / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "DPMSolverMultistepScheduler"
+    assert config["_class_name"] in SCHEDULERS
+
+
+def test_the_card_tells_of_all_stages(published):
+    text = (published / "README.md").read_text()
+    assert "| denoiser | 4 | 4 | 3 |" in text and "| count |" in text and "seed 1" in text
+
+
+def test_a_weight_that_overflows_fp16_is_refused(published):
+    pipeline = PixArtAlphaPipeline.from_pretrained(published, local_files_only=True)
+    pipeline.transformer.proj_out.bias.data[0] = 1e5
+    with pytest.raises(ValueError, match=r"transformer: proj_out\.bias is not finite in fp16"):
+        refuse_infinite(pipeline)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags,sentence",
+    [
+        ([], "holds a run; add --resume to go on with it"),
+        (["--publish", "--work-dir", "nowhere"], "nowhere holds no denoiser yet"),
+    ],
+)
+def test_a_run_is_never_overwritten_nor_published_before_it_is_there(work_dir, flags, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["scenes", "--work-dir", str(work_dir), *flags])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert sentence in capsys.readouterr().err
+
+
+def test_latents_have_one_place_for_each_four_pixels():
+    latents = parts.autoencoder().encode(board.draw(board.sample_labels(1, generator()), generator())).latent_dist.mean
+    assert latents.shape == (1, parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE)
