@@ -6,6 +6,7 @@ The first SIGTERM or SIGINT has the server finish what it has taken, and end wit
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 import os
 import socket
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 SERVER = ("fastapi", "prometheus_client", "uvicorn")
 KEY_VARIABLE = "DITC_API_KEY"
 MOST_QUEUE, MOST_TIMEOUT_S = 1000, 86_400.0
-LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 def make_parser() -> Parser:
@@ -39,6 +39,8 @@ def make_parser() -> Parser:
     flags.add_argument("--port", type=int, default=8000, help="0: any that is free")
     text = f"what /v1 asks for as a bearer token (default: that of {KEY_VARIABLE}, which other users cannot see; none)"
     flags.add_argument("--api-key", metavar="KEY", help=text)
+    text = "by which it is reached, as through a proxy: see Serving; may be given several times"
+    flags.add_argument("--allowed-host", metavar="NAME", action="append", default=[], help=text)
     flags.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait; more get a 429")
     text = f"pictures drawn at a time, 1 to {BATCH_SIZE}: of requests of equal steps and guidance"
     flags.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=text)
@@ -84,6 +86,23 @@ def listening(host: str, port: int) -> socket.socket:
         raise RecipeError(f"--host {host} --port {port} cannot be listened at ({reason}); choose another") from error
 
 
+def is_local(listener: socket.socket) -> bool:
+    """Whether this machine alone reaches it."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def names_of(listener: socket.socket, allowed: Sequence[str]) -> frozenset[str] | None:
+    """What the server answers to, see Border; None: to any, as other machines may know it by any name. Raises
+    RecipeError for a name that is none."""
+    from pipeline.serve.border import host_name
+
+    names = {name: host_name(name) for name in allowed}
+    for name, read in names.items():
+        if read is None:
+            raise RecipeError(f"--allowed-host {name} is no name; give one such as pictures.example.org")
+    return frozenset(read for read in names.values() if read) if names or is_local(listener) else None
+
+
 def address_of(listener: socket.socket) -> str:
     """What a browser is told."""
     host, port = listener.getsockname()[:2]
@@ -99,12 +118,15 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     from pipeline.serve.service import Service
     from pipeline.text_to_image import Pipeline
 
-    with listening(args.host, args.port) as listener, Pipeline.load(args.bundle, args.target, args.threads) as pipeline:
-        if args.host not in LOCAL and key is None:
+    with listening(args.host, args.port) as listener:
+        names = names_of(listener, args.allowed_host)
+        if not is_local(listener) and key is None:
             logger.warning("%s can be reached from other machines, without an API key: see --api-key", args.host)
-        service = Service(pipeline, limits)
-        service.start()
-        serve(service, make_app(service, key), listener, _tell(answer, pipeline.name, address_of(listener)))
+        with Pipeline.load(args.bundle, args.target, args.threads) as pipeline:
+            service = Service(pipeline, limits)
+            service.start()
+            app = make_app(service, key, names)
+            serve(service, app, listener, _tell(answer, pipeline.name, address_of(listener)))
     return 0
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from export.errors import RecipeError
 from pipeline.generate.draw import Pictures
@@ -53,7 +54,7 @@ class Submitted:
 
 
 # Of answers that are errors, by their status.
-OUTCOMES = {429: "full", 500: "failed", 503: "draining", 504: "timeout"}
+OUTCOMES = {408: "timeout", 429: "full", 500: "failed", 503: "draining", 504: "timeout"}
 
 
 class Service:
@@ -75,6 +76,13 @@ class Service:
     @property
     def is_draining(self) -> bool:
         return self.queue.is_closed
+
+    @property
+    def state(self) -> Literal["ready", "draining", "failed"]:
+        """failed: nothing is drawn any more, whatever comes."""
+        if self.is_draining:
+            return "draining"
+        return "ready" if self.worker.is_alive() else "failed"
 
     async def drain(self) -> None:
         """Take no more jobs, and return when those that there are have ended."""

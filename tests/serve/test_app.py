@@ -197,6 +197,7 @@ WRONG = [
     ({"guidance": 1, "negative_prompt": "2"}, "no effect at a guidance scale of 1"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**63}, "does not fit into 64 bits"),
+    ({"seed": 2**63 - 3, "n": 4}, "seed of the last picture 9223372036854775808"),
     ({"size": "16x16"}, "size '16x16'; the engine draws 8x8"),
     ({"size": "huge"}, "size 'huge'; the engine draws 8x8"),
     ({"response_format": "jpeg"}, "response_format is 'jpeg'"),
@@ -250,6 +251,45 @@ def test_a_body_that_is_too_long(server: Server) -> None:
 def test_what_a_browser_sends_across_sites_unasked_is_refused(kind: str, server: Server) -> None:
     answer = server.client.post(PATH, content=b'{"prompt": "1"}', headers={"content-type": kind})
     assert "send application/json" in refused(answer, 415)["message"]
+
+
+def test_a_body_in_another_coding_is_refused(server: Server) -> None:
+    answer = server.client.post(PATH, content=b'{"prompt": "1"}', headers=JSON | {"content-encoding": "gzip"})
+    assert "the content encoding is 'gzip'" in refused(answer, 415)["message"]
+
+
+def test_a_body_that_does_not_arrive(tmp_path: Path) -> None:
+    """Its client is told so, and not that its pictures took long."""
+    with served(tmp_path, Limits(timeout_s=0.4)) as server:
+        sent = asyncio.run(call_slowly(server))
+        assert sent[0]["status"] == 408 and server.outcomes() == {"timeout": 1}
+        assert "the body did not arrive within 0.2 s" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+async def call_slowly(server: Server) -> list[Any]:
+    """What the server sends to a client that sends a part of its body, and stays."""
+    sent: list[Any] = []
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> Any:
+        if not parts:
+            await asyncio.Event().wait()
+        return parts.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    await server.app(
+        {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "headers": headers}, receive, send
+    )
+    return sent
+
+
+def test_a_server_that_draws_no_more_is_not_healthy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service.worker, "is_alive", lambda: False)
+    answer = server.client.get("/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "failed")
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/no", 404), ("GET", PATH, 405), ("POST", "/", 405)])
