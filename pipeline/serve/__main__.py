@@ -1,5 +1,7 @@
 """`python -m pipeline.serve BUNDLE`: an engine behind the OpenAI images API and a web page.
 
+With --ray the engine is on a Ray cluster, as often as asked, and all else in this process.
+
 The first SIGTERM or SIGINT has the server finish what it has taken, and end with 0; a second one ends it at once.
 """
 
@@ -10,7 +12,8 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +24,12 @@ from pipeline.generate.draw import BATCH_SIZE
 from pipeline.signals import leave
 
 if TYPE_CHECKING:
-    from pipeline.serve.service import Limits
+    from pipeline.serve.scale import Scale
+    from pipeline.serve.service import Limits, Service
+    from pipeline.text_to_image import Pipeline
 
 logger = logging.getLogger(__name__)
 
-# What the extra `serve` installs.
-SERVER = ("fastapi", "prometheus_client", "uvicorn")
 KEY_VARIABLE = "DITC_API_KEY"
 MOST_QUEUE, MOST_TIMEOUT_S = 1000, 86_400.0
 
@@ -48,7 +51,32 @@ def make_parser() -> Parser:
     flags.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help=text)
     flags.add_argument("--target", default="auto", help="as of generate")
     add_threads(flags)
+    text = "have replicas on a Ray cluster draw, of several machines with the same bundle at the same path"
+    flags.add_argument("--ray", action="store_true", help=text)
+    text = "with --ray: how many, or at least and at most, by load (default: 1)"
+    flags.add_argument("--replicas", metavar="N|MIN:MAX", help=text)
+    text = "with --ray: that each takes and computes with (default: 1)"
+    flags.add_argument("--cpus-per-replica", type=int, metavar="N", help=text)
+    text = "with --ray: that each takes, 0.5 for a half (default: 0)"
+    flags.add_argument("--gpus-per-replica", type=float, metavar="X", help=text)
+    text = "with --ray: the cluster (default: the one that this machine is part of, else one is started here)"
+    flags.add_argument("--ray-address", metavar="HOST:PORT", help=text)
     return flags
+
+
+def find_scale(args: argparse.Namespace) -> Scale | None:
+    """What --ray and its flags say; None without it. Raises RecipeError for flags that do not go together."""
+    from pipeline.serve.scale import read_scale
+
+    own = ("replicas", "cpus_per_replica", "gpus_per_replica", "ray_address")
+    if not args.ray:
+        for flag in (flag for flag in own if getattr(args, flag) is not None):
+            raise RecipeError(f"--{flag.replace('_', '-')} without --ray; one engine of this process draws")
+        return None
+    if args.threads is not None:
+        raise RecipeError(f"--threads {args.threads} with --ray; say --cpus-per-replica, which it computes with")
+    cpus, gpus = args.cpus_per_replica, args.gpus_per_replica
+    return read_scale(args.replicas or "1", 1 if cpus is None else cpus, 0.0 if gpus is None else gpus)
 
 
 def make_limits(args: argparse.Namespace) -> Limits:
@@ -111,23 +139,41 @@ def address_of(listener: socket.socket) -> str:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Serve until a signal comes."""
-    machine.require(SERVER, "serving", "serve")
-    limits, key = make_limits(args), find_key(args)
+    machine.require(machine.SERVER, "serving", "serve")
+    limits, key, scale = make_limits(args), find_key(args), find_scale(args)
+    if scale is not None:
+        machine.require(machine.RAY, "serving with --ray", "ray")
     from pipeline.serve.app import make_app
     from pipeline.serve.server import serve
-    from pipeline.serve.service import Service
     from pipeline.text_to_image import Pipeline
 
     with listening(args.host, args.port) as listener:
-        names = names_of(listener, args.allowed_host)
+        names, address = names_of(listener, args.allowed_host), address_of(listener)
         if not is_local(listener) and key is None:
             logger.warning("%s can be reached from other machines, without an API key: see --api-key", args.host)
         with Pipeline.load(args.bundle, args.target, args.threads) as pipeline:
-            service = Service(pipeline, limits)
-            service.start()
-            app = make_app(service, key, names)
-            serve(service, app, listener, _tell(answer, pipeline.name, address_of(listener)))
+            name = f"ditc-{listener.getsockname()[1]}-{os.getpid()}"
+            with make_service(pipeline, limits, scale, args, name) as service:
+                service.start()
+                serve(service, make_app(service, key, names), listener, _tell(answer, pipeline.name, address))
     return 0
+
+
+@contextmanager
+def make_service(
+    pipeline: Pipeline, limits: Limits, scale: Scale | None, args: argparse.Namespace, name: str
+) -> Iterator[Service]:
+    """The pipeline behind a queue, or replicas of it under a name, in whose place it then lets its engine go."""
+    from pipeline.serve.service import Service
+
+    if scale is None:
+        yield Service(pipeline, limits)
+        return
+    from pipeline.serve.cluster import joined, replicas
+
+    pipeline.close()
+    with joined(args.ray_address, scale), replicas(pipeline.bundle, args.target, scale, name) as drawers:
+        yield Service(pipeline, limits, drawers.start_batch, scale.most)
 
 
 def _tell(answer: Answer, name: str, address: str) -> Callable[[], None]:

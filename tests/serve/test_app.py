@@ -287,7 +287,7 @@ async def call_slowly(server: Server) -> list[Any]:
 
 
 def test_a_server_that_draws_no_more_is_not_healthy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.service.worker, "is_alive", lambda: False)
+    monkeypatch.setattr(server.service.workers[0], "is_alive", lambda: False)
     answer = server.client.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (503, "failed")
 
@@ -304,7 +304,7 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
         until(lambda: server.engine.entered.acquire(blocking=False))
         asked += [server.asking(steps=steps) for steps in (2, 3)]
         until(lambda: len(server.service.queue) == 2)
-        server.service.worker.batch_s = 6.5
+        server.service.workers[0].batch_s = 6.5
         answer = server.ask()
         error = refused(answer, 429)
         assert error["code"] == "queue_full" and error["type"] == "rate_limit_error"
@@ -426,7 +426,7 @@ def test_a_draining_server_finishes_what_it_has(server: Server) -> None:
     server.engine.gated = True
     asked = [server.asking(prompt="3", seed=seed) for seed in range(2)]
     until(lambda: len(server.service.queue) + len(server.engine.calls) >= 1 or server.engine.entered.acquire(False))
-    until(lambda: server.service.worker.is_alive() and server.service.queue.pictures_waiting <= 1)
+    until(lambda: server.service.workers[0].is_alive() and server.service.queue.pictures_waiting <= 1)
     assert server.client.get("/health").json()["status"] == "ready"
 
     async def drain() -> None:
@@ -443,7 +443,7 @@ def test_a_draining_server_finishes_what_it_has(server: Server) -> None:
 
     asyncio.run(drain())
     assert [one.result().status_code for one in asked] == [200, 200]
-    assert not server.service.worker.is_alive()
+    assert not server.service.workers[0].is_alive()
 
 
 # --- what else there is ----------------------------------------------------------------------------------------------

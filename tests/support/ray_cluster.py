@@ -1,0 +1,24 @@
+"""A Ray cluster of two nodes of one processor each, in processes of this machine, until standard input ends.
+
+Run by a Python that has Ray; its first line is the cluster's address.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+from ray.cluster_utils import Cluster
+
+STORE_BYTES = 80 << 20
+
+if __name__ == "__main__":
+    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    sys.stdout.write(f"{cluster.address}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    cluster.shutdown()
