@@ -119,6 +119,7 @@ def test_a_named_cluster_that_is_not_there_is_refused(by: str, ray: Ray, monkeyp
     with pytest.raises(EnvironmentLacksError, match=words), joined("gone:1" if by == "flag" else None, Scale()):
         pass
     assert len(ray.calls) == 1
+    ray.clusters.add("head:6379")
     with joined("head:6379", Scale()):
         assert ray.calls[-1] == ("init", "head:6379", None)
 

@@ -58,7 +58,9 @@ class Apt:
         (self.folder / "status").touch()
         for file in Path("/etc/apt/sources.list.d").glob("*.sources"):
             text = file.read_text()
-            text = re.sub(r"^Suites:.*$", f"Suites: {self.suite}", text, flags=re.M) if self.suite else text
+            if self.suite:
+                parts = [part for part in text.split("\n\n") if _has_suite(part, self.suite.partition("-")[0])]
+                text = "\n\n".join(re.sub(r"^Suites:.*$", f"Suites: {self.suite}", part, flags=re.M) for part in parts)
             (self.folder / "sources" / file.name).write_text(text)
         settings = {
             "APT::Architecture": self.architecture,
@@ -70,6 +72,12 @@ class Apt:
             "Dir::Etc::sourceparts": self.folder / "sources",
         }
         return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+
+
+def _has_suite(part: str, name: str) -> bool:
+    """Whether a source of packages has a release itself, and not only what was mended in it."""
+    suites = re.search(r"^Suites:(.*)$", part, re.M)
+    return suites is not None and name in suites[1].split()
 
 
 def need_tools() -> None:
