@@ -50,6 +50,19 @@ def _tool_check(module: str) -> Check:
     return Check(module, find_spec(module) is not None, version, needed, f"pip install {package}")
 
 
+def server_checks() -> list[Check]:
+    """Whether `serve` can run, and with --ray."""
+    return [_extra_check("serve", "serve", machine.SERVER), _extra_check("serve --ray", "ray", machine.RAY)]
+
+
+def _extra_check(name: str, extra: str, modules: tuple[str, ...]) -> Check:
+    """Of what an extra installs."""
+    missing = [module for module in modules if find_spec(module) is None]
+    installed = ", ".join(f"{machine.distribution(module)} {machine.tool_version(module)}" for module in modules)
+    found = f"no {', '.join(map(machine.distribution, missing))}" if missing else installed
+    return Check(name, not missing, found, False, f"pip install 'ditc[{extra}]'")
+
+
 def machine_checks() -> list[Check]:
     """The GPU, and what is free here."""
     import psutil
@@ -84,7 +97,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
     installed, by a bundle in any case."""
     compiler = find_spec(SIGN_OF_THE_COMPILER) is not None
-    checks = [*tool_checks(), *target_checks(), *machine_checks(), recipe_check(), model_check()]
+    checks = [*tool_checks(), *target_checks(), *server_checks(), *machine_checks(), recipe_check(), model_check()]
     if not compiler:
         checks = [replace(check, needed=check.name in RUNNING) for check in checks]
     missing = [check.name for check in checks if check.needed and not check.ok]

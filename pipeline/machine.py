@@ -31,6 +31,8 @@ TOOLS = (
 )  # fmt: skip
 # What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
 COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")
+# What `serve` needs and the extra `serve` installs, and what `serve --ray` needs beside it, of the extra `ray`.
+SERVER, RAY = ("fastapi", "prometheus_client", "uvicorn"), ("ray",)
 SOURCES = (".py", ".c", ".h")
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")

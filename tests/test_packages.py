@@ -34,3 +34,9 @@ def test_a_package_has_one_range_of_releases_in_all_extras() -> None:
 def test_the_extra_build_is_what_the_compiler_looks_up() -> None:
     names = {Requirement(row).name for row in PROJECT["optional-dependencies"]["build"]}
     assert names == set(map(machine.distribution, machine.COMPILER))
+
+
+def test_the_extras_of_the_server_are_what_it_looks_up() -> None:
+    for extra, modules in (("serve", machine.SERVER), ("ray", machine.RAY)):
+        names = {Requirement(row).name for row in PROJECT["optional-dependencies"][extra]} - {"ditc"}
+        assert names == set(map(machine.distribution, modules))

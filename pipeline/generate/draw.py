@@ -62,6 +62,7 @@ class DrawRequest:
     def __post_init__(self) -> None:
         _check_whole("number of pictures of a prompt", self.num_images, 1, MOST_PICTURES)
         _check_whole("seed", self.seed, 0, MOST_SEED - 1)
+        _check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MOST_SEED - 1)
         if self.n_steps is not None:
             _check_whole("number of denoising steps", self.n_steps, 1, MOST_STEPS)
         if self.num_images * len(self.prompts) > MOST_PICTURES:

@@ -1,15 +1,19 @@
 """`python -m pipeline.serve BUNDLE`: an engine behind the OpenAI images API and a web page.
 
+With --ray the engine is on a Ray cluster, as often as asked, and all else in this process.
+
 The first SIGTERM or SIGINT has the server finish what it has taken, and end with 0; a second one ends it at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from export.errors import RecipeError
@@ -19,15 +23,14 @@ from pipeline.generate.draw import BATCH_SIZE
 from pipeline.signals import leave
 
 if TYPE_CHECKING:
-    from pipeline.serve.service import Limits
+    from pipeline.serve.scale import Scale
+    from pipeline.serve.service import Limits, Service
+    from pipeline.text_to_image import Pipeline
 
 logger = logging.getLogger(__name__)
 
-# What the extra `serve` installs.
-SERVER = ("fastapi", "prometheus_client", "uvicorn")
 KEY_VARIABLE = "DITC_API_KEY"
 MOST_QUEUE, MOST_TIMEOUT_S = 1000, 86_400.0
-LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 def make_parser() -> Parser:
@@ -41,6 +44,8 @@ def make_parser() -> Parser:
     flags.add_argument("--port", type=int, default=8000, help="0: any that is free")
     text = f"what /v1 asks for as a bearer token (default: that of {KEY_VARIABLE}, which other users cannot see; none)"
     flags.add_argument("--api-key", metavar="KEY", help=text)
+    text = "by which it is reached, as through a proxy: see Serving; may be given several times"
+    flags.add_argument("--allowed-host", metavar="NAME", action="append", default=[], help=text)
     flags.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait; more get a 429")
     text = f"pictures drawn at a time, 1 to {BATCH_SIZE}: of requests of equal steps and guidance"
     flags.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=text)
@@ -50,7 +55,32 @@ def make_parser() -> Parser:
     text = "keep all parts of a whole pipeline in memory; else each is loaded anew for every batch, and let go after it"
     flags.add_argument("--keep-loaded", action="store_true", help=text)
     add_threads(flags)
+    text = "have replicas on a Ray cluster draw, of several machines with the same bundle at the same path"
+    flags.add_argument("--ray", action="store_true", help=text)
+    text = "with --ray: how many, or at least and at most, by load (default: 1)"
+    flags.add_argument("--replicas", metavar="N|MIN:MAX", help=text)
+    text = "with --ray: that each takes and computes with (default: 1)"
+    flags.add_argument("--cpus-per-replica", type=int, metavar="N", help=text)
+    text = "with --ray: that each takes, 0.5 for a half (default: 0)"
+    flags.add_argument("--gpus-per-replica", type=float, metavar="X", help=text)
+    text = "with --ray: the cluster (default: the one that this machine is part of, else one is started here)"
+    flags.add_argument("--ray-address", metavar="HOST:PORT", help=text)
     return flags
+
+
+def find_scale(args: argparse.Namespace) -> Scale | None:
+    """What --ray and its flags say; None without it. Raises RecipeError for flags that do not go together."""
+    from pipeline.serve.scale import read_scale
+
+    own = ("replicas", "cpus_per_replica", "gpus_per_replica", "ray_address")
+    if not args.ray:
+        for flag in (flag for flag in own if getattr(args, flag) is not None):
+            raise RecipeError(f"--{flag.replace('_', '-')} without --ray; one engine of this process draws")
+        return None
+    if args.threads is not None:
+        raise RecipeError(f"--threads {args.threads} with --ray; say --cpus-per-replica, which it computes with")
+    cpus, gpus = args.cpus_per_replica, args.gpus_per_replica
+    return read_scale(args.replicas or "1", 1 if cpus is None else cpus, 0.0 if gpus is None else gpus)
 
 
 def make_limits(args: argparse.Namespace) -> Limits:
@@ -88,6 +118,23 @@ def listening(host: str, port: int) -> socket.socket:
         raise RecipeError(f"--host {host} --port {port} cannot be listened at ({reason}); choose another") from error
 
 
+def is_local(listener: socket.socket) -> bool:
+    """Whether this machine alone reaches it."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def names_of(listener: socket.socket, allowed: Sequence[str]) -> frozenset[str] | None:
+    """What the server answers to, see Border; None: to any, as other machines may know it by any name. Raises
+    RecipeError for a name that is none."""
+    from pipeline.serve.border import host_name
+
+    names = {name: host_name(name) for name in allowed}
+    for name, read in names.items():
+        if read is None:
+            raise RecipeError(f"--allowed-host {name} is no name; give one such as pictures.example.org")
+    return frozenset(read for read in names.values() if read) if names or is_local(listener) else None
+
+
 def address_of(listener: socket.socket) -> str:
     """What a browser is told."""
     host, port = listener.getsockname()[:2]
@@ -96,23 +143,41 @@ def address_of(listener: socket.socket) -> str:
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
     """Serve until a signal comes."""
-    machine.require(SERVER, "serving", "serve")
-    limits, key = make_limits(args), find_key(args)
+    machine.require(machine.SERVER, "serving", "serve")
+    limits, key, scale = make_limits(args), find_key(args), find_scale(args)
+    if scale is not None:
+        machine.require(machine.RAY, "serving with --ray", "ray")
     from pipeline.serve.app import make_app
     from pipeline.serve.server import serve
-    from pipeline.serve.service import Service
     from pipeline.text_to_image import Pipeline
 
-    with (
-        listening(args.host, args.port) as listener,
-        Pipeline.load(args.bundle, args.target, args.threads, args.keep_loaded) as pipeline,
-    ):
-        if args.host not in LOCAL and key is None:
+    with listening(args.host, args.port) as listener:
+        names, address = names_of(listener, args.allowed_host), address_of(listener)
+        if not is_local(listener) and key is None:
             logger.warning("%s can be reached from other machines, without an API key: see --api-key", args.host)
-        service = Service(pipeline, limits)
-        service.start()
-        serve(service, make_app(service, key), listener, _tell(answer, pipeline.name, address_of(listener)))
+        with Pipeline.load(args.bundle, args.target, args.threads, args.keep_loaded) as pipeline:
+            name = f"ditc-{listener.getsockname()[1]}-{os.getpid()}"
+            with make_service(pipeline, limits, scale, args, name) as service:
+                service.start()
+                serve(service, make_app(service, key, names), listener, _tell(answer, pipeline.name, address))
     return 0
+
+
+@contextmanager
+def make_service(
+    pipeline: Pipeline, limits: Limits, scale: Scale | None, args: argparse.Namespace, name: str
+) -> Iterator[Service]:
+    """The pipeline behind a queue, or replicas of it under a name, in whose place it then lets its engine go."""
+    from pipeline.serve.service import Service
+
+    if scale is None:
+        yield Service(pipeline, limits)
+        return
+    from pipeline.serve.cluster import joined, replicas
+
+    pipeline.close()
+    with joined(args.ray_address, scale), replicas(pipeline.bundle, args.target, scale, name) as drawers:
+        yield Service(pipeline, limits, drawers.start_batch, scale.most)
 
 
 def _tell(answer: Answer, name: str, address: str) -> Callable[[], None]:

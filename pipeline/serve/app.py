@@ -7,6 +7,7 @@ unasked.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import io
@@ -27,6 +28,7 @@ from export.errors import RecipeError, UserError
 from pipeline import machine
 from pipeline.bundle.snapshot import read_verified
 from pipeline.serve import images_request, metrics
+from pipeline.serve.border import Border
 from pipeline.serve.images_request import ApiError, Asked, ImagesRequest
 from pipeline.serve.jobs import Drawn, Preview
 from pipeline.serve.service import ClientLeftError, Service, Submitted, as_png
@@ -40,16 +42,19 @@ PAGE_POLICY = (
 )
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:"
 SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+BODY_WITHIN_S = 30.0  # of a request's arrival, or half of the time that it may take
 LEFT = 499  # what servers log for a client that left; nobody receives it
 
 
-def make_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application around a started service. api_key: what /v1 asks for as a bearer token; None: nothing."""
+def make_app(service: Service, api_key: str | None = None, names: frozenset[str] | None = None) -> FastAPI:
+    """The application around a started service. api_key: what /v1 asks for as a bearer token; None: nothing. names:
+    that it answers to, see Border; None: to any."""
     app = FastAPI(title=machine.PROGRAM, version=machine.own_version(), docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(UserError, _answer_user_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_bug)
+    app.add_middleware(Border, names=names)
 
     from pydantic import TypeAdapter
 
@@ -89,8 +94,8 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        state, status = ("draining", 503) if service.is_draining else ("ready", 200)
-        return JSONResponse({"status": state, "queue": len(service.queue)}, status)
+        status = 200 if service.state == "ready" else 503
+        return JSONResponse({"status": service.state, "queue": len(service.queue)}, status)
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -152,7 +157,8 @@ async def _generations(service: Service, api_key: str | None, request: Request) 
     try:
         async with service.counted(arrived) as counting:
             _check_key(request, api_key)
-            asked = images_request.read(await _body(request), service.pipeline)
+            body = await _body(request, min(BODY_WITHIN_S, service.limits.timeout_s / 2))
+            asked = images_request.read(body, service.pipeline)
             submitted = service.submit(asked)
             if not asked.stream:
                 return JSONResponse(await _all_pictures(service, asked, submitted, request))
@@ -162,19 +168,26 @@ async def _generations(service: Service, api_key: str | None, request: Request) 
     return EventStream(service, asked, submitted, arrived)
 
 
-async def _body(request: Request) -> bytes:
-    """The whole body. Raises ApiError for one of another type, or too long, and ClientLeftError for a part of one."""
+async def _body(request: Request, within_s: float) -> bytes:
+    """The whole body. Raises ApiError for one of another type, too long or too slow, and ClientLeftError for a part of
+    one."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"the content type is {kind[:80]!r}; send application/json")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise ApiError(415, f"the content encoding is {coding[:80]!r}; send the JSON as it is")
     body, most = bytearray(), images_request.MOST_BODY_BYTES
     try:
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise ApiError(413, f"the body has more than {most} bytes; send a shorter prompt")
+        async with asyncio.timeout(within_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise ApiError(413, f"the body has more than {most} bytes; send a shorter prompt")
     except ClientDisconnect:
         raise ClientLeftError from None
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {within_s:g} s; send it at once", code="timeout") from None
     return bytes(body)
 
 
@@ -278,7 +291,7 @@ async def _answer_user_error(request: Request, error: Exception) -> Response:
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}; GET /openapi.json says what there is"
-    return await _answer_error(request, ApiError(error.status_code, message))
+    return JSONResponse({"error": ApiError(error.status_code, message).fields}, error.status_code, error.headers)
 
 
 async def _answer_bug(request: Request, error: Exception) -> Response:

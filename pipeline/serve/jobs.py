@@ -102,7 +102,7 @@ class JobQueue:
             if len(self) >= self.most_jobs:
                 raise QueueFullError
             self._rows.extend(Row(job, index, picture) for index, picture in enumerate(job.request.pictures))
-            self._changed.notify()
+            self._changed.notify_all()  # pictures of one job may be batches of several workers
 
     def take(self) -> list[Row]:
         """The next batch, which is waited for: the oldest picture, and those after it that can share its batch. Empty

@@ -29,6 +29,8 @@ class Metrics:
         self.step_seconds = Histogram("ditc_step_seconds", text, buckets=SECONDS, registry=registry)
         text = "Pictures of a batch at its start"
         self.batch_pictures = Histogram("ditc_batch_pictures", text, buckets=(1, 2, 3, 4), registry=registry)
+        text = "Batches begun anew, as the replica that drew them had ended"
+        self.batches_again = Counter("ditc_batches_again", text, registry=registry)
         Gauge("ditc_queue_length", "Requests that wait", registry=registry).set_function(waiting)
         text = "PNG files that are kept for their addresses"
         Gauge("ditc_stored_bytes", text, registry=registry).set_function(stored_bytes)

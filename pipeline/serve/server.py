@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
+from pipeline.serve.connection import WatchedConnection
 from pipeline.serve.service import Service
 from pipeline.signals import first_calls
 
@@ -33,6 +35,19 @@ class _Server(uvicorn.Server):
         yield
 
 
+def make_config(app: ASGIApp) -> uvicorn.Config:
+    """How requests reach the application."""
+    return uvicorn.Config(
+        app,
+        http=WatchedConnection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=TAKEN_WITHIN_S,
+    )
+
+
 def serve(service: Service, app: FastAPI, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Answer requests until a signal comes; what has been taken by then is finished. ready: called once.
 
@@ -42,10 +57,7 @@ def serve(service: Service, app: FastAPI, listener: socket.socket, ready: Callab
 
 
 async def _serve(service: Service, app: FastAPI, listener: socket.socket, ready: Callable[[], None]) -> None:
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=TAKEN_WITHIN_S
-    )
-    server = _Server(config, ready)
+    server = _Server(make_config(app), ready)
     loop, told = asyncio.get_running_loop(), asyncio.Event()
 
     async def end() -> None:

@@ -1,4 +1,4 @@
-"""One engine behind a queue: what happens to a request between its arrival and its pictures."""
+"""An engine, or replicas of one, behind a queue: what happens to a request between its arrival and its pictures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from export.errors import RecipeError
 from pipeline.generate.draw import Pictures
 from pipeline.serve.images_request import ApiError, Asked
-from pipeline.serve.jobs import Drawn, Event, Failed, Job, JobQueue, Preview, QueueClosedError, QueueFullError
+from pipeline.serve.jobs import Drawn, Event, Failed, Job, JobQueue, Preview, QueueClosedError, QueueFullError, Row
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.store import PictureStore
-from pipeline.serve.worker import Worker
+from pipeline.serve.worker import Batch, Start, Worker
 from pipeline.text_to_image import Pipeline, as_image
 
 logger = logging.getLogger(__name__)
@@ -53,33 +54,49 @@ class Submitted:
 
 
 # Of answers that are errors, by their status.
-OUTCOMES = {429: "full", 500: "failed", 503: "draining", 504: "timeout"}
+OUTCOMES = {408: "timeout", 429: "full", 500: "failed", 503: "draining", 504: "timeout"}
 
 
 class Service:
-    """The pipeline, its worker and what both have made. To be used from one event loop; `start` comes before all.
+    """The pipeline, its workers and what they have made. To be used from one event loop; `start` comes before all.
 
     created: when, in seconds since 1970.
     """
 
-    def __init__(self, pipeline: Pipeline, limits: Limits = Limits()) -> None:
+    def __init__(
+        self, pipeline: Pipeline, limits: Limits = Limits(), start_batch: Start | None = None, batches: int = 1
+    ) -> None:
+        """start_batch: what draws, where it is not the pipeline itself; batches: how many of them at a time."""
+
+        def start_here(rows: list[Row], _: Metrics) -> Batch:
+            return pipeline.start([row.picture for row in rows], *rows[0].settings)
+
         self.pipeline, self.limits, self.created = pipeline, limits, int(time.time())
         self.queue = JobQueue(limits.queue, limits.batch_size)
         self.store = PictureStore()
         self.metrics = Metrics(lambda: len(self.queue), lambda: self.store.size_bytes)
-        self.worker = Worker(pipeline, self.queue, self.metrics)
+        self.workers = [Worker(start_batch or start_here, self.queue, self.metrics) for _ in range(batches)]
 
     def start(self) -> None:
-        self.worker.start()
+        for worker in self.workers:
+            worker.start()
 
     @property
     def is_draining(self) -> bool:
         return self.queue.is_closed
 
+    @property
+    def state(self) -> Literal["ready", "draining", "failed"]:
+        """failed: nothing is drawn any more, whatever comes."""
+        if self.is_draining:
+            return "draining"
+        return "ready" if all(worker.is_alive() for worker in self.workers) else "failed"
+
     async def drain(self) -> None:
         """Take no more jobs, and return when those that there are have ended."""
         self.queue.close()
-        await asyncio.to_thread(self.worker.join)
+        for worker in self.workers:
+            await asyncio.to_thread(worker.join)
 
     @asynccontextmanager
     async def counted(self, arrived: float) -> AsyncIterator[Counting]:
@@ -154,9 +171,9 @@ class Service:
             raise ApiError(503, message, kind="server_error", code="draining", retry_after_s=1) from None
 
     def retry_after_s(self) -> int:
-        """When the queue is likely to be empty, by what the last batch took."""
-        batches = math.ceil(self.queue.pictures_waiting / self.limits.batch_size)
-        return min(LONGEST_RETRY_S, max(1, math.ceil(batches * self.worker.batch_s)))
+        """When the queue is likely to be empty, by what the last batches took."""
+        batches = math.ceil(self.queue.pictures_waiting / self.limits.batch_size / len(self.workers))
+        return min(LONGEST_RETRY_S, max(1, math.ceil(batches * max(worker.batch_s for worker in self.workers))))
 
 
 def _post(loop: asyncio.AbstractEventLoop, arrivals: asyncio.Queue[Event | None], event: Event) -> None:

@@ -1,17 +1,17 @@
-"""The one thread that draws: batch after batch, until the queue is closed and empty."""
+"""A thread that draws, or has replicas draw: batch after batch, until the queue is closed and empty."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from export.errors import ContractError, RecipeError
 from pipeline.command import judge
-from pipeline.generate.draw import Drawing
+from pipeline.generate.draw import Pictures
 from pipeline.serve.jobs import Drawn, Failed, JobQueue, Preview, Row
-from pipeline.text_to_image import Pipeline
 
 if TYPE_CHECKING:
     from pipeline.serve.metrics import Metrics
@@ -19,16 +19,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Batch(Protocol):
+    """Pictures on their way: a Drawing of this process, or one of a replica's."""
+
+    @property
+    def n_steps(self) -> int: ...
+
+    @property
+    def steps_done(self) -> int: ...
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def step(self) -> None:
+        """The next step of every picture."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these pictures alone."""
+
+    def preview(self, row: int) -> Pictures:
+        """What a picture is about to become, [H, W, C] uint8, after a step that its job has previews of."""
+
+    def picture(self, row: int) -> Pictures:
+        """A picture that is done, [H, W, C] uint8. Raises ContractError where there is none."""
+
+
+# Rows of equal settings, and where to count what befalls them -> their batch before its first step.
+Start = Callable[[list[Row], "Metrics"], Batch]
+
+
 class Worker(threading.Thread):
-    """Draws what the queue gives, with one engine.
+    """Has drawn what the queue gives, one batch at a time.
 
     batch_s: what the last batch took, 0 before the first.
     """
 
-    def __init__(self, pipeline: Pipeline, queue: JobQueue, metrics: Metrics) -> None:
+    def __init__(self, start_batch: Start, queue: JobQueue, metrics: Metrics) -> None:
         # A daemon: a second signal does not wait for it, and a first one does, by joining it.
         super().__init__(name="draw", daemon=True)
-        self.pipeline, self.queue, self.metrics = pipeline, queue, metrics
+        self.start_batch, self.queue, self.metrics = start_batch, queue, metrics
         self.batch_s = 0.0
 
     def run(self) -> None:
@@ -45,7 +74,7 @@ class Worker(threading.Thread):
 
     def _draw(self, rows: list[Row]) -> None:
         """Draw one batch, and tell its jobs; those that nobody waits for any more leave it before the next step."""
-        drawing = self.pipeline.start([row.picture for row in rows], *rows[0].settings)
+        drawing = self.start_batch(rows, self.metrics)
         started = time.monotonic()
         self.metrics.batch_pictures.observe(len(rows))
         while True:
@@ -67,7 +96,7 @@ class Worker(threading.Thread):
                 self.metrics.picture_seconds.observe((time.monotonic() - started) / len(rows))
 
 
-def _tell_preview(drawing: Drawing, place: int, row: Row) -> None:
+def _tell_preview(drawing: Batch, place: int, row: Row) -> None:
     try:
         pixels = drawing.preview(place)
     except ContractError as error:  # this picture's own: those beside it need not have NaN
@@ -76,7 +105,7 @@ def _tell_preview(drawing: Drawing, place: int, row: Row) -> None:
         row.job.tell(Preview(row.index, drawing.steps_done, drawing.n_steps, pixels))
 
 
-def _tell_drawn(drawing: Drawing, place: int, row: Row) -> bool:
+def _tell_drawn(drawing: Batch, place: int, row: Row) -> bool:
     """Whether there is a picture."""
     try:
         pixels = drawing.picture(place)

@@ -110,3 +110,17 @@ def test_without_tensorrt_the_plugins_are_those_of_the_table(
     monkeypatch.setattr(trt_engine, "environment_problems", lambda sm: ["target trt needs tensorrt"])
     row = row_of("trt", "tensorrt")
     assert row.remedy == "only needed for the target trt; target trt needs tensorrt" and row.found.endswith("not run")
+
+
+def test_what_the_server_needs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {"uvicorn", "ray"}
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in absent else object())
+    monkeypatch.setattr(machine, "tool_version", lambda name: "1.2")
+    serve, ray = doctor.server_checks()
+    assert serve == Check("serve", False, "no uvicorn", False, "pip install 'ditc[serve]'")
+    assert ray == Check("serve --ray", False, "no ray", False, "pip install 'ditc[ray]'")
+    absent.clear()
+    assert [row.found for row in doctor.server_checks()] == [
+        "fastapi 1.2, prometheus-client 1.2, uvicorn 1.2", "ray 1.2"
+    ]  # fmt: skip
+    assert all(row.ok for row in doctor.server_checks())

@@ -197,6 +197,7 @@ WRONG = [
     ({"guidance": 1, "negative_prompt": "2"}, "no effect at a guidance scale of 1"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**63}, "does not fit into 64 bits"),
+    ({"seed": 2**63 - 3, "n": 4}, "seed of the last picture 9223372036854775808"),
     ({"size": "16x16"}, "size '16x16'; the engine draws 8x8"),
     ({"size": "huge"}, "size 'huge'; the engine draws 8x8"),
     ({"response_format": "jpeg"}, "response_format is 'jpeg'"),
@@ -252,6 +253,45 @@ def test_what_a_browser_sends_across_sites_unasked_is_refused(kind: str, server:
     assert "send application/json" in refused(answer, 415)["message"]
 
 
+def test_a_body_in_another_coding_is_refused(server: Server) -> None:
+    answer = server.client.post(PATH, content=b'{"prompt": "1"}', headers=JSON | {"content-encoding": "gzip"})
+    assert "the content encoding is 'gzip'" in refused(answer, 415)["message"]
+
+
+def test_a_body_that_does_not_arrive(tmp_path: Path) -> None:
+    """Its client is told so, and not that its pictures took long."""
+    with served(tmp_path, Limits(timeout_s=0.4)) as server:
+        sent = asyncio.run(call_slowly(server))
+        assert sent[0]["status"] == 408 and server.outcomes() == {"timeout": 1}
+        assert "the body did not arrive within 0.2 s" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+async def call_slowly(server: Server) -> list[Any]:
+    """What the server sends to a client that sends a part of its body, and stays."""
+    sent: list[Any] = []
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> Any:
+        if not parts:
+            await asyncio.Event().wait()
+        return parts.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    await server.app(
+        {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "headers": headers}, receive, send
+    )
+    return sent
+
+
+def test_a_server_that_draws_no_more_is_not_healthy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service.workers[0], "is_alive", lambda: False)
+    answer = server.client.get("/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "failed")
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/no", 404), ("GET", PATH, 405), ("POST", "/", 405)])
 def test_other_addresses_and_methods(method: str, path: str, status: int, server: Server) -> None:
     assert f"{method} {path}: " in refused(server.client.request(method, path), status)["message"]
@@ -264,7 +304,7 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
         until(lambda: server.engine.entered.acquire(blocking=False))
         asked += [server.asking(steps=steps) for steps in (2, 3)]
         until(lambda: len(server.service.queue) == 2)
-        server.service.worker.batch_s = 6.5
+        server.service.workers[0].batch_s = 6.5
         answer = server.ask()
         error = refused(answer, 429)
         assert error["code"] == "queue_full" and error["type"] == "rate_limit_error"
@@ -386,7 +426,7 @@ def test_a_draining_server_finishes_what_it_has(server: Server) -> None:
     server.engine.gated = True
     asked = [server.asking(prompt="3", seed=seed) for seed in range(2)]
     until(lambda: len(server.service.queue) + len(server.engine.calls) >= 1 or server.engine.entered.acquire(False))
-    until(lambda: server.service.worker.is_alive() and server.service.queue.pictures_waiting <= 1)
+    until(lambda: server.service.workers[0].is_alive() and server.service.queue.pictures_waiting <= 1)
     assert server.client.get("/health").json()["status"] == "ready"
 
     async def drain() -> None:
@@ -403,7 +443,7 @@ def test_a_draining_server_finishes_what_it_has(server: Server) -> None:
 
     asyncio.run(drain())
     assert [one.result().status_code for one in asked] == [200, 200]
-    assert not server.service.worker.is_alive()
+    assert not server.service.workers[0].is_alive()
 
 
 # --- what else there is ----------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import pytest
 
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline import machine
-from pipeline.serve.__main__ import KEY_VARIABLE, SERVER, find_key, listening, main, make_limits, make_parser
+from pipeline.serve.__main__ import KEY_VARIABLE, find_key, find_scale, listening, main, make_limits, make_parser
 from pipeline.serve.images_request import PATH
+from pipeline.serve.scale import Scale
 from pipeline.text_to_image import Pipeline
 from tests.generate.test_generate import GENERATION, make_bundle
 from tests.support.serving import WAITED_S, Asking
@@ -34,6 +35,18 @@ from tests.support.serving import WAITED_S, Asking
         (["--timeout", "nan"], "--timeout nan"),
         (["--port", "65536"], "--port 65536; use 1 to 65535"),
         (["--host", "no such host"], "--host no such host --port 8000 cannot be listened at"),
+        (["--replicas", "2"], "--replicas without --ray"),
+        (["--cpus-per-replica", "2"], "--cpus-per-replica without --ray"),
+        (["--gpus-per-replica", "0"], "--gpus-per-replica without --ray"),
+        (["--ray-address", "a:1"], "--ray-address without --ray"),
+        (["--ray", "--threads", "2"], "--threads 2 with --ray; say --cpus-per-replica"),
+        (["--ray", "--replicas", "0"], "--replicas 0; use a number from 1 to 1000"),
+        (["--ray", "--replicas", "4:2"], "--replicas 4:2; use a number"),
+        (["--ray", "--replicas", "1:"], "--replicas 1:; use a number"),
+        (["--ray", "--replicas", "2001"], "--replicas 2001"),
+        (["--ray", "--replicas", "\u0662"], "--replicas \u0662"),
+        (["--ray", "--cpus-per-replica", "0"], "--cpus-per-replica 0; use 1 to 1000"),
+        (["--ray", "--gpus-per-replica", "nan"], "--gpus-per-replica nan"),
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "a b"], "characters that a header may not have"),
     ],
@@ -53,13 +66,34 @@ def test_an_address_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"--host 127.0.0.1 --port {port} cannot be listened at (Address already in use)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", SERVER)
+@pytest.mark.parametrize("missing", machine.SERVER)
 def test_the_extra_is_named_where_it_lacks(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "find_spec", lambda name: None if name == missing else object())
     assert main(["nothing"]) == EnvironmentLacksError.exit_code
     assert f"serving needs {missing}; install with: pip install 'ditc[serve]'" in capsys.readouterr().err
+
+
+def test_ray_is_named_where_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "ray" else object())
+    assert main(["nothing", "--ray"]) == EnvironmentLacksError.exit_code
+    assert "serving with --ray needs ray; install with: pip install 'ditc[ray]'" in capsys.readouterr().err
+
+
+def test_how_many_replicas() -> None:
+    def scale(*flags: str) -> Scale | None:
+        return find_scale(make_parser().parse_args(["bundle", *flags]))
+
+    assert scale() is None and scale("--ray") == Scale(1, 1, 1, 0.0)
+    fixed = scale("--ray", "--replicas", "3", "--cpus-per-replica", "2", "--gpus-per-replica", "0.5")
+    assert fixed is not None and fixed.options == {
+        "max_ongoing_requests": 1, "ray_actor_options": {"num_cpus": 2, "num_gpus": 0.5}, "num_replicas": 3
+    }  # fmt: skip
+    by_load = scale("--ray", "--replicas", "2:5")
+    assert by_load is not None and "num_replicas" not in by_load.options
+    follows: Any = by_load.options["autoscaling_config"]
+    assert (follows["min_replicas"], follows["max_replicas"], follows["target_ongoing_requests"]) == (2, 5, 1)
 
 
 def test_a_bundle_that_draws_no_pixels_is_refused(

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +118,16 @@ class Process:
         return self.process.returncode, log
 
 
+# Where the compiler's packages are nowhere.
+ALONE = (sys.executable, "-m", "tests.support.absent")
+
+
 @contextlib.contextmanager
-def started(bundle: Path) -> Iterator[Process]:
-    """The server, where the compiler's packages are nowhere."""
-    words = ["serve", str(bundle), "--timeout", str(WAITED_S), "--port", "0", "--json", "--threads", "1"]
-    command = [sys.executable, "-m", "tests.support.absent", *words]
+def started(
+    bundle: Path, program: Sequence[str] = ALONE, flags: Sequence[str] = ("--threads", "1")
+) -> Iterator[Process]:
+    """The server, ready."""
+    command = [*program, "serve", str(bundle), "--timeout", str(WAITED_S), "--port", "0", "--json", *flags]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"DITC_API_KEY": KEY}, **pipes)
     try:

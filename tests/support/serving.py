@@ -115,7 +115,8 @@ def served(folder: Path, limits: Limits = USUAL, api_key: str | None = None, **b
     finally:
         engine.open()
         service.queue.close()
-        service.worker.join(WAITED_S)
+        for worker in service.workers:
+            worker.join(WAITED_S)
 
 
 def until(true: Callable[[], object]) -> None:
