@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from export.errors import RecipeError
+
+Number = TypeVar("Number", bound=np.generic)
 
 Specials = Literal["none", "one_nan", "ieee"]
 
@@ -269,6 +271,22 @@ def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8
     if bits == 8:
         return packed
     return (_unpack_nibbles(packed) if bits == 4 else _unpack_blocks(packed, bits))[..., :count]
+
+
+# Types of twice as many bytes, by which two numbers are looked up at once.
+TWICE = {1: np.uint16, 2: np.uint32, 4: np.uint64, 8: np.complex128}
+
+
+def looked_up(of_code: NDArray[Number], packed: NDArray[np.uint8], count: int) -> NDArray[Number]:
+    """of_code[unpack(packed, bits, count)], in C order, for numbers by code, [2^bits]. Those of two codes of 4 bits are
+    looked up at once, by their byte: four times as fast."""
+    bits = len(of_code).bit_length() - 1
+    if bits != 4:
+        return np.take(of_code, unpack(packed, bits, count))
+    byte = np.arange(256)
+    pairs = np.stack([of_code[byte & 15], of_code[byte >> 4]], axis=1).view(TWICE[of_code.itemsize])[:, 0]
+    numbers = np.take(pairs, packed).view(of_code.dtype)
+    return numbers if numbers.shape[-1] == count else np.ascontiguousarray(numbers[..., :count])
 
 
 def _unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -191,6 +191,7 @@ def test_quantize_is_symmetric(fmt: Format) -> None:
     at_limits = (decode(fmt, codes) == 0) | (x < -fmt.max_value)
     assert at_limits[differs].all()
 
+
 @by_name
 def test_float32_is_quantized_to_the_codes_of_float64(fmt: Format) -> None:
     points = interesting(fmt).astype(np.float32)
