@@ -71,6 +71,10 @@ BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
 # The same of a large text encoder, which multiplies by billions of weights for every token: how many prompts there are
 # is tried on short ones, and what an engine keeps between calls; long ones are in one call of two.
 LARGE_TEXT_BATCHES = ((1, ONE), (2, ODD), (3, ODD), (9, ODD), (2, LONGEST))
+LARGE_TEXT_NOTE = (
+    "large text encoder: the longest prompts are in one call of two, other batches and what is kept between calls are "
+    f"tried on prompts of {ODD_TOKENS} tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,16 @@ def make_pools(model: LoadedModel, case: AnyCase) -> dict[str, Arrays]:
 def make_calls(model: LoadedModel, pools: dict[str, Arrays]) -> list[Call]:
     """One call for each row of BATCHES, or of LARGE_TEXT_BATCHES."""
     calls = []
-    for size, pool in LARGE_TEXT_BATCHES if is_large(model) and not model.family.steps else BATCHES:
+    for size, pool in LARGE_TEXT_BATCHES if is_large_text(model) else BATCHES:
         rows = tuple(i % samples_in(pools[pool], model.shared) for i in range(size))
         call = rows_of(pool, rows, pools[pool], model.shared)
         calls.append(replace(call, text=f"{call.text}{_caption(model.inputs, call.inputs)}"))
     return calls
+
+
+def is_large_text(model: LoadedModel) -> bool:
+    """Is it a text encoder that is too large to be called with many tokens?"""
+    return is_large(model) and not model.family.steps
 
 
 def samples_in(pool: Arrays, shared: frozenset[str]) -> int:
@@ -119,7 +128,7 @@ def _caption(rows: Sequence[Input], inputs: Arrays) -> str:
 
 def _pool(spec: PoolSpec, model: LoadedModel, case: AnyCase) -> Arrays:
     if isinstance(case, TextCase):
-        return _prompts(spec, model, case, spec.large_text if is_large(model) else len(spec.timesteps))
+        return _prompts(spec, model, case, spec.large_text if is_large_text(model) else len(spec.timesteps))
     return _pictures(spec, model, case, spec.timesteps[: spec.large] if is_large(model) else spec.timesteps)
 
 
