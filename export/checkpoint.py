@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, open_file, read_json, whole_file
 from export.errors import ContractError
-from export.formats.format import get_format, packed_size, unpack
+from export.formats.format import get_format, looked_up, packed_size, unpack
 from export.formats.operands import exact_multipliers
 from export.router import ARRAYS as ROUTER_ARRAYS
 from export.router import Router
@@ -226,8 +226,7 @@ class QuantizedLinear:
 
     def _with_multipliers(self, of_code: NDArray[Number]) -> NDArray[Number]:
         """[N, K]: `of_code` [2^bits] looked up and multiplied in place, so that one array of that size is made."""
-        # np.take gives C order always, so that the reshape below is a view.
-        values: NDArray[Number] = np.take(of_code, self.unpacked_codes())
+        values: NDArray[Number] = looked_up(of_code, self.codes, self.in_features)
         if self.multipliers is not None:
             grouped = values.reshape(self.out_features, self.groups, -1)
             grouped *= self.multipliers[..., None].astype(values.dtype)

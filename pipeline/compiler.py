@@ -17,6 +17,7 @@ from export.names import inside
 from pipeline import machine
 from pipeline.backends import BACKENDS, PORTABLE, lowering_file, opened, tool_versions
 from pipeline.backends.base import BuildResult
+from pipeline.backends.mapped_pages import give_back_weights
 from pipeline.bundle import manifest
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 from pipeline.calibrate import refuse_unfit, with_method
@@ -128,6 +129,7 @@ def prepare(request: BuildRequest) -> Prepared:
     refuse_early(request)
     logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
     model, model_time = timed("model", lambda: load_float_model(recipe), request.listener)
+    give_back_weights(model)  # all were read, to check them
     model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
     recipe = with_method(recipe, model)
     for target in request.targets:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from export.errors import RecipeError
+
+Number = TypeVar("Number", bound=np.generic)
 
 Specials = Literal["none", "one_nan", "ieee"]
 
@@ -203,10 +205,33 @@ def fold_negative_zero(fmt: Format, codes: NDArray[np.uint8]) -> NDArray[np.uint
 def quantize(fmt: Format, x: ArrayLike) -> NDArray[np.uint8]:
     """Codes of the symmetric quantizer that graphs and checkpoints use: nearest, within +-max_value, one zero.
 
-    It differs from `encode` in two codes only: the lowest integer (INT4: -8) and -0 never occur.
+    It differs from `encode` in two codes only: the lowest integer (INT4: -8) and -0 never occur. Float32 numbers are
+    rounded as they are, ten times as fast and to the same codes: no midpoint of a format has more bits than they have.
     """
+    if isinstance(x, np.ndarray) and x.dtype == np.float32 and not np.isnan(x).any():
+        return _quantize_float32(fmt, x)
     bounded = np.clip(np.asarray(x, np.float64), -fmt.max_value, fmt.max_value)
     return fold_negative_zero(fmt, encode(fmt, bounded))
+
+
+def _quantize_float32(fmt: Format, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """`quantize` of numbers that are not NaN. The upper bits of a float32 are a code of the format, but for where the
+    exponent counts from, once the significand is rounded to the format's bits."""
+    bounded = np.clip(x, np.float32(-fmt.max_value), np.float32(fmt.max_value))
+    if fmt.is_integer:
+        return np.rint(bounded).astype(np.int8).view(np.uint8) & np.uint8(2**fmt.bits - 1)
+    magnitude = np.abs(bounded) if fmt.sign_bits else np.maximum(bounded, np.float32(0))
+    bits, dropped = magnitude.view(np.int32), 23 - fmt.mantissa_bits
+    # To even; without a significand the even multiple of the step, of 1 and 2, is always the upper one.
+    upper_on_tie = (bits >> dropped) & 1 if fmt.mantissa_bits else 1
+    code = (bits + (2 ** (dropped - 1) - 1) + upper_on_tie) >> dropped
+    code -= (127 - 1 + fmt.min_exponent) << fmt.mantissa_bits
+    first = np.float32(2.0**fmt.min_exponent)  # of the binades; below it the steps are equal, and count as the code
+    below = np.rint(np.minimum(magnitude, first) * np.float32(2.0**fmt.fraction_bits)).astype(np.int32)
+    code += (below - code) * (magnitude < first)  # several times as fast as a choice
+    if fmt.sign_bits:
+        code |= ((x < 0) & (code > 0)).astype(np.int32) << (fmt.bits - 1)
+    return code.astype(np.uint8)
 
 
 # --- packing -----------------------------------------------------------------------------------------------------
@@ -246,6 +271,22 @@ def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8
     if bits == 8:
         return packed
     return (_unpack_nibbles(packed) if bits == 4 else _unpack_blocks(packed, bits))[..., :count]
+
+
+# Types of twice as many bytes, by which two numbers are looked up at once.
+TWICE = {1: np.uint16, 2: np.uint32, 4: np.uint64, 8: np.complex128}
+
+
+def looked_up(of_code: NDArray[Number], packed: NDArray[np.uint8], count: int) -> NDArray[Number]:
+    """of_code[unpack(packed, bits, count)], in C order, for numbers by code, [2^bits]. Those of two codes of 4 bits are
+    looked up at once, by their byte: four times as fast."""
+    bits = len(of_code).bit_length() - 1
+    if bits != 4:
+        return np.take(of_code, unpack(packed, bits, count))
+    byte = np.arange(256)
+    pairs = np.stack([of_code[byte & 15], of_code[byte >> 4]], axis=1).view(TWICE[of_code.itemsize])[:, 0]
+    numbers = np.take(pairs, packed).view(of_code.dtype)
+    return numbers if numbers.shape[-1] == count else np.ascontiguousarray(numbers[..., :count])
 
 
 def _unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -86,6 +86,28 @@ def exact_sum_limit(kmax_a: int, kmax_w: int) -> int:
     return 2**FP32_BITS // (kmax_a * kmax_w)
 
 
+# Input channels that are counted together where sums are cut.
+SUM_UNIT = 64
+
+
+def float32_sums(integers: NDArray[np.integer], largest: float) -> list[slice] | None:
+    """Slices of K over which float32 adds the products of `integers` [N, K] with others up to `largest` exactly and in
+    any order: the magnitudes of no sum reach 2^24. As few as there can be of one width, most often one; None where
+    SUM_UNIT channels are too many.
+
+    >>> float32_sums(np.full((2, 256), 100, np.int8), 1000.0)
+    [slice(0, 128, None), slice(128, 256, None)]
+    """
+    starts = np.arange(0, integers.shape[1], SUM_UNIT)
+    sums = np.add.reduceat(np.abs(integers), starts, axis=1, dtype=np.int64)  # [N, units]
+    for count in range(1, len(starts) + 1):
+        width = -(-len(starts) // count)
+        firsts = np.arange(0, len(starts), width)
+        if largest * float(np.add.reduceat(sums, firsts, axis=1).max(initial=0)) < 2**FP32_BITS:
+            return [slice(first * SUM_UNIT, (first + width) * SUM_UNIT) for first in firsts.tolist()]
+    return None
+
+
 @cache
 def weight_exponent(name: str, kind: str, multipliers: tuple[int, ...] = (1,)) -> int | None:
     """Exponent with which every integer * multiplier is a number of the type, None if there is none.

@@ -6,6 +6,10 @@ import ctypes
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
 
 MAPS = Path("/proc/self/maps")
 # Address range, permissions, offset, device, inode.
@@ -64,3 +68,9 @@ def mapped_pages(path: Path) -> MappedPages:
         return MappedPages()
     rows = (match for match in LINE.finditer(text) if int(match[3]) == inode)
     return MappedPages(frozenset((int(row[1], 16), int(row[2], 16)) for row in rows))
+
+
+def give_back_weights(model: LoadedModel) -> None:
+    """Take the pages of a float model's files out of this process' memory, where they are mapped."""
+    for name in model.files.names:
+        mapped_pages(model.files.folder / name).give_back()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from export.dialect.ops import ABSMAX_FLOOR
 from export.errors import ContractError
 from export.formats.attention import WEIGHT_MAX, AttentionFormats
 from export.formats.format import Format, get_format
+from export.formats.operands import FP32_BITS, SUM_UNIT, float32_sums
 from export.models.attention_calls import attention_calls
 from export.models.torch_modules import Denoiser, stated_config
 from export.router import Router
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 # Parameters up to which integers are kept: several references of one model, a byte for each weight and each of them.
 MOST_UNPACKED = 1_000_000_000
+# Numbers of a table of which no copy is made in another type.
+LARGE_TABLE = 2**24
 # Arrays of a layer that the reference computes with in its own float type.
 FLOAT_ARRAYS = (
     "scales", "bias", "activation_scale", "activation_zero", "input_multiplier", "input_offset", "lora_down", "lora_up",
@@ -124,14 +128,19 @@ class FakeQuantLinear(nn.Module):
             value = None if array is None else torch.from_numpy(array).to(dtype)
             self.register_buffer(key, value, persistent=False)
         self.unit = 2.0 ** -get_format(layer.weight_format).fraction_bits
-        integers = layer.integers()
-        smallest = np.min_scalar_type(-int(np.abs(integers).max(initial=1)))  # int8 for every embedded format
-        kept = torch.from_numpy(integers.astype(smallest, copy=False)) if unpacked else None
         self.packed = None if unpacked else layer
+        kept = None
+        if unpacked:
+            integers = layer.integers()
+            smallest = np.min_scalar_type(-int(np.abs(integers).max(initial=1)))  # int8 for every embedded format
+            kept = torch.from_numpy(integers.astype(smallest, copy=False))
         self.register_buffer("kept_integers", kept, persistent=False)
-        largest = self.activation_format.kmax * float(np.abs(integers).sum(axis=1, dtype=np.int64).max(initial=0))
         one_scale = layer.activation_scaling == "per_token" and layer.scales.shape[1] == 1
-        self.sums_integers = dtype == torch.float64 and one_scale and largest < 2.0**24
+        largest = get_format(layer.weight_format).largest_integer
+        largest *= 1 if layer.multipliers is None else int(layer.multipliers.max())
+        exact = self.activation_format.kmax * largest * SUM_UNIT < 2**FP32_BITS
+        self.sums_integers = dtype == torch.float64 and one_scale and exact
+        self._sums: list[slice] | None = None  # over which channels, once it is asked for
 
     @property
     def integers(self) -> torch.Tensor:
@@ -158,11 +167,17 @@ class FakeQuantLinear(nn.Module):
 
     def integer_product(self, x: torch.Tensor) -> torch.Tensor:
         """`product` by sums of integers, where a token and a channel have one scale each. Float32 adds integers exactly
-        below 2^24, twice as fast as float64 adds numbers; float64 rounds only what is done with the sum."""
+        below 2^24, twice as fast as float64 adds numbers, so some input channels are added up at a time, most often
+        all; float64 rounds only what is done with the sum."""
         fmt, balanced = self.activation_format, self.balanced(x)
         scale = token_scale(fmt, balanced)
         codes = (round_to_format(fmt, balanced / scale) * 2.0**fmt.fraction_bits).float()
-        total = nn.functional.linear(codes, self.integers.float()).double()
+        integers = self.integers
+        if self._sums is None:
+            self._sums = float32_sums(integers.numpy(), fmt.kmax)
+        assert self._sums is not None, f"{self.layer_name}: sums of {SUM_UNIT} products are not exact in float32"
+        parts = (nn.functional.linear(codes[..., part], integers[:, part].float()).double() for part in self._sums)
+        total = reduce(torch.add, parts)
         y = total * (self.unit * 2.0**-fmt.fraction_bits) * scale * self.get_buffer("scales")[:, 0]
         return y if self.bias is None else y + self.bias
 
@@ -263,14 +278,18 @@ def fake_quant(
         raise ContractError("no quantized layer was given; calibrate the model first, or run the float model itself")
     router = shared_router(layers)
     routing = None if router is None else Routing(router)
-    unpacked = model.parameters <= MOST_UNPACKED
-    linears = {layer.name: FakeQuantLinear(layer, dtype, routing, unpacked) for layer in layers}
+    linears = {layer.name: FakeQuantLinear(layer, dtype, routing, keeps_integers(model)) for layer in layers}
     module = reference_module(model, linears, dtype)
     if attention is not None:
         module = AttentionDenoiser(module, attention).eval()
     if routing is not None:
         module.register_forward_pre_hook(partial(_tell_timesteps, routing), with_kwargs=True)
     return module
+
+
+def keeps_integers(model: LoadedModel) -> bool:
+    """Does a reference of this model keep its weights' integers, or unpack them at every call?"""
+    return model.parameters <= MOST_UNPACKED
 
 
 def reference_module(model: LoadedModel, linears: Mapping[str, nn.Module], dtype: torch.dtype) -> Denoiser:
@@ -295,9 +314,9 @@ def _tell_timesteps(routing: Routing, module: Denoiser, args: tuple[Tensor, ...]
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
     """Give this module (not its children) float tensors of `dtype`, without touching tensors shared with others.
 
-    A table in 16 bits, as a large vocabulary is held, keeps its type, and what is looked up is converted.
+    A large table, such as a vocabulary's, keeps its type, and what is looked up is converted.
     """
-    if isinstance(part, nn.Embedding) and part.weight.itemsize < 4:
+    if isinstance(part, nn.Embedding) and (part.weight.itemsize < 4 or part.weight.numel() >= LARGE_TABLE):
         part.register_forward_hook(lambda _, __, rows: rows.to(dtype))
         return
     for name, value in list(part.named_parameters(recurse=False)):
@@ -311,11 +330,12 @@ class ReferenceEngine:
     """A torch denoiser (`denoiser(model)` for the float model, `fake_quant(...)` for the quantized) as an engine.
 
     A lock lets one of several threads' calls run at a time: the module is told the timesteps of a call before it runs.
+    locked: False where the caller sees to that.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32, locked: bool = True) -> None:
         self.module, self.dtype = module, dtype
-        self.lock = threading.Lock()
+        self.lock: AbstractContextManager[object] = threading.Lock() if locked else nullcontext()
         self.declared = declared_inputs(module)
 
     def run(self, inputs: Arrays) -> Arrays:

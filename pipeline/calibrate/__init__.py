@@ -18,6 +18,7 @@ from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import RecipeError
 from pipeline import machine
+from pipeline.backends.mapped_pages import give_back_weights
 from pipeline.backends.side_by_side import side_by_side, single_threaded_torch
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.plan import LayerPlan, make_plans
@@ -103,6 +104,8 @@ def _quantize(method: Method, plans: Sequence[LayerPlan], state: CalibrationStat
     finished = _finished(method, units, left, state)
     for layers in track(finished, len(units), "calibrate", len(units) - len(left)):
         state.add(layers)
+        if is_large(method.context.model):
+            give_back_weights(method.context.model)
 
 
 def _finished(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import Granularity
 from export.dialect.ops import ABSMAX_FLOOR
-from export.formats.format import Format, encode, fold_negative_zero
+from export.formats.format import Format, quantize
 from pipeline import machine
 from plugins.cpu import rounding_errors
 
@@ -64,9 +64,7 @@ def round_to_codes(blocks: F32, fmt: Format, scales: F32, multipliers: NDArray[n
     within +-max_value, one zero."""
 
     def codes(chunk: F32, scale: F32, multiplier: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        quotient = chunk / (scale[:, None] * multiplier.astype(np.float32))[..., None]
-        bounded = np.clip(quotient, -fmt.max_value, fmt.max_value)
-        return fold_negative_zero(fmt, encode(fmt, bounded))
+        return quantize(fmt, chunk / (scale[:, None] * multiplier.astype(np.float32))[..., None])
 
     return np.concatenate(_by_chunk(codes, blocks, scales, multipliers))
 
@@ -91,10 +89,12 @@ def mse_scales(magnitude: F32, fmt: Format, multipliers: tuple[int, ...]) -> tup
     unit = _units(magnitude)
     magnitude = magnitude if (unit == 1).all() else magnitude / unit[:, None, None]
     widest = _widest_scale(magnitude, fmt, multipliers)
-    scales = widest[:, None] * np.array(REACHES, np.float32)
-    steps = scales[:, None] * np.array(multipliers, np.float32)[:, None]  # [R, multipliers, reaches]
-    groups = magnitude.shape[1]
-    errors = RoundingErrors(magnitude, fmt).at(steps.reshape(len(steps), -1)).reshape(*steps.shape, groups)
+    scales = widest[:, None] * np.array(REACHES, np.float32)  # [R, reaches]
+    # Many a reach times a multiplier is another one's (1.5 * 2 = 1 * 3): a step is tried once.
+    products = np.round(np.outer(multipliers, REACHES), 9)  # [multipliers, reaches]
+    distinct, place = np.unique(products, return_inverse=True)
+    steps = widest[:, None] * distinct.astype(np.float32)
+    errors = RoundingErrors(magnitude, fmt).at(steps)[:, place.reshape(products.shape)]  # [R, *products, G]
     rows, best = np.arange(len(steps)), errors.min(axis=1).sum(axis=2).argmin(axis=1)  # the first of equals, as below
     return scales[rows, best] * unit, np.array(multipliers, np.uint8)[errors[rows, :, best].argmin(axis=1)]
 

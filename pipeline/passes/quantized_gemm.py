@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from export.dialect.graph import attribute, constant, inputs_of, low_rank_of, unbalanced
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError
-from export.formats.format import FORMATS, Format, encode, get_format, unpack
+from export.formats.format import FORMATS, Format, encode, get_format, looked_up, unpack
 from pipeline.passes.probes import ProbeRow
 
 PACKED_GEMMS = ("PackedGemm", "PackedGroupGemm")
@@ -164,13 +164,8 @@ class QuantizedGemm:
         return (integers.reshape(self.out_features, self.weight_groups, -1) * factors).reshape(integers.shape)
 
     def _format_integers(self, dtype: DTypeLike) -> NDArray[np.number]:
-        """[N, K] without multipliers. Two 4-bit codes are looked up at once, by their byte."""
-        table = self.weight.integers.astype(dtype)
-        if self.weight.bits != 4:
-            return table[self.codes()]
-        byte = np.arange(256)
-        pairs = np.stack([table[byte & 15], table[byte >> 4]], axis=1)
-        return pairs[self.stored.codes.numpy()].reshape(self.out_features, -1)[:, : self.in_features]
+        """[N, K] without multipliers."""
+        return looked_up(self.weight.integers.astype(dtype), self.stored.codes.numpy(), self.in_features)
 
     def turned_integers(self, dtype: DTypeLike = np.int8) -> NDArray[np.number]:
         """`integers` as [K, N], contiguous."""

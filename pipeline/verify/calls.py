@@ -45,11 +45,13 @@ LITTLE = 2.0**-5
 @dataclass(frozen=True)
 class PoolSpec:
     """Samples of one caption length. timesteps: in thousandths of the schedule's top, one for each sample;
-    `large`: how many of them a large model takes. first_mask: the row of MASKS that its first sample has."""
+    `large`, large_text: how many of them a large model takes, and a large text encoder. first_mask: the row of MASKS
+    that its first sample has."""
 
     name: str
     timesteps: tuple[float, ...]
     large: int
+    large_text: int
     latent_factor: float = 1.0
     first_mask: int = 0
 
@@ -61,12 +63,19 @@ MASKS = (1.0, 0.0, 2 / 3, 1 / 3)
 # Schedules of flow matching have timesteps between the integers, which 11 significant bits do not hold: one of them is
 # here, and for models whose own schedule has none.
 POOLS = (
-    PoolSpec(ONE, (3, 700), 1),
-    PoolSpec(ODD, (666.625, 975, 10), 2, LATENT_FACTOR, first_mask=2),
-    PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20), 3),
+    PoolSpec(ONE, (3, 700), 1, 1),
+    PoolSpec(ODD, (666.625, 975, 10), 2, 3, LATENT_FACTOR, first_mask=2),
+    PoolSpec(LONGEST, (1000, 0, 975, 999, 3, 20), 3, 2),
 )
 # (batch size, pool): rows are taken in turn.
 BATCHES = ((1, ONE), (2, LONGEST), (3, ODD), (9, LONGEST))
+# The same of a large text encoder, which multiplies by billions of weights for every token: how many prompts there are
+# is tried on short ones, and what an engine keeps between calls; long ones are in one call of two.
+LARGE_TEXT_BATCHES = ((1, ONE), (2, ODD), (3, ODD), (9, ODD), (2, LONGEST))
+LARGE_TEXT_NOTE = (
+    "large text encoder: the longest prompts are in one call of two, other batches and what is kept between calls are "
+    f"tried on prompts of {ODD_TOKENS} tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -89,13 +98,18 @@ def make_pools(model: LoadedModel, case: AnyCase) -> dict[str, Arrays]:
 
 
 def make_calls(model: LoadedModel, pools: dict[str, Arrays]) -> list[Call]:
-    """One call for each row of BATCHES."""
+    """One call for each row of BATCHES, or of LARGE_TEXT_BATCHES."""
     calls = []
-    for size, pool in BATCHES:
+    for size, pool in LARGE_TEXT_BATCHES if is_large_text(model) else BATCHES:
         rows = tuple(i % samples_in(pools[pool], model.shared) for i in range(size))
         call = rows_of(pool, rows, pools[pool], model.shared)
         calls.append(replace(call, text=f"{call.text}{_caption(model.inputs, call.inputs)}"))
     return calls
+
+
+def is_large_text(model: LoadedModel) -> bool:
+    """Is it a text encoder that is too large to be called with many tokens?"""
+    return is_large(model) and not model.family.steps
 
 
 def samples_in(pool: Arrays, shared: frozenset[str]) -> int:
@@ -114,10 +128,9 @@ def _caption(rows: Sequence[Input], inputs: Arrays) -> str:
 
 
 def _pool(spec: PoolSpec, model: LoadedModel, case: AnyCase) -> Arrays:
-    times = spec.timesteps[: spec.large] if is_large(model) else spec.timesteps
     if isinstance(case, TextCase):
-        return _prompts(spec, model, case, len(times))
-    return _pictures(spec, model, case, times)
+        return _prompts(spec, model, case, spec.large_text if is_large_text(model) else len(spec.timesteps))
+    return _pictures(spec, model, case, spec.timesteps[: spec.large] if is_large(model) else spec.timesteps)
 
 
 def _prompts(spec: PoolSpec, model: LoadedModel, case: TextCase, count: int) -> Arrays:

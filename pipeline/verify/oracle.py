@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from export.dialect.reference import ABSMAX_FLOOR
 from export.formats.format import Format, encode, get_format, to_integers
-from export.formats.operands import HALF_ROUNDING, ROUNDING
+from export.formats.operands import HALF_ROUNDING, ROUNDING, float32_sums
 from pipeline.distance import Array
 
 # Float32 operations between x and the number that is rounded to the grid, in the longest form a lowering may use:
@@ -344,17 +344,21 @@ def _joined(parts: Sequence[LinearCheck]) -> LinearCheck:
 def exact_sums(integers: Array, weight: LinearWeight, groups: int = 1, magnitudes: bool = False) -> NDArray[np.float64]:
     """integers [M, K] @ weight[N, K].T without rounding: [M, N], or the sums of `groups` parts of K, [M, groups, N].
 
-    Floats of p bits add integers exactly, in any order, while the sum of the magnitudes stays below 2^p: float32 where
-    that holds (twice as fast), float64 else. magnitudes: of both factors. Raises ValueError where float64 is too short.
+    Floats of p bits add integers exactly, in any order, while the sum of the magnitudes stays below 2^p: float32 for as
+    many of K at a time as have it so (twice as fast), float64 where that are too few, and for what the parts add up to.
+    magnitudes: of both factors. Raises ValueError where float64 is too short.
     """
     largest = _largest_sum(integers, weight)
     if largest >= 2.0**53:
         raise ValueError(f"sums up to {largest:.3g} are not exact in float64")
-    factor = weight.factor(np.float32 if largest < 2.0**24 else np.float64, magnitudes)
+    cuts = [slice(None)] if largest < 2.0**24 else None
+    if cuts is None and groups == 1:
+        cuts = float32_sums(weight.integers, float(np.abs(integers).max(initial=0)))
+    factor = weight.factor(np.float64 if cuts is None else np.float32, magnitudes)
     left = integers.astype(factor.dtype)
     left = np.abs(left, out=left) if magnitudes else left
     if groups == 1:
-        return (left @ factor).astype(np.float64)
+        return reduce(np.add, ((left[:, cut] @ factor[cut]).astype(np.float64) for cut in cuts or [slice(None)]))
     parts = zip(np.split(left, groups, axis=1), np.split(factor, groups, axis=0), strict=True)
     return np.stack([a @ w for a, w in parts], axis=1).astype(np.float64)
 

@@ -29,7 +29,7 @@ from pipeline.verify import attentions as attention
 from pipeline.verify.attention_oracle import AttentionProbe
 from pipeline.verify.attentions import Attentions, attention_gates
 from pipeline.verify.autoencoder import verify_half
-from pipeline.verify.calls import call_errors, state_result
+from pipeline.verify.calls import LARGE_TEXT_NOTE, call_errors, is_large_text, state_result
 from pipeline.verify.effort import Effort, effort_for, note
 from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, kept_beside
 from pipeline.verify.gates import (
@@ -92,6 +92,8 @@ def verify(
     # A large model's last target has the machine to itself, and its operations are large enough for all threads.
     threads_each = threads if is_large(model) else threads // at_once
     report = Report(gates=quantization_gates(reference, recipe))
+    if is_large_text(model):
+        report.notes.append(LARGE_TEXT_NOTE)
 
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:
         part, graph = Report(), lowered[target]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -39,6 +40,12 @@ NUMBERS = 2**22
 TABLE_SEED = 2**40 + 1
 
 
+class _Switch(threading.local):
+    """Is something switched on? For each thread by itself, as passes of one module may go in step."""
+
+    on = True
+
+
 @dataclass
 class Recorder:
     """Inputs of every quantized linear, [rows, K] float32, one array for each recorded call.
@@ -46,12 +53,12 @@ class Recorder:
     Linears that read the same tensor one after the other (q, k and v) share one array.
     """
 
-    active: bool = True
+    switch: _Switch = field(default_factory=_Switch)
     inputs: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
     last: tuple[torch.Tensor, NDArray[np.float32]] | None = None  # a tensor and its rows
 
     def __call__(self, module: torch.nn.Module, inputs: Tensors) -> None:
-        if self.active:
+        if self.switch.on:
             x = inputs[0]
             if self.last is None or self.last[0] is not x:
                 self.last = (x, x.reshape(-1, x.shape[-1]).float().numpy().copy())
@@ -63,13 +70,13 @@ class Comparison:
     """SQNR of every quantized linear's input against a Recorder's, without keeping the inputs themselves."""
 
     reference: dict[str, list[NDArray[np.float32]]]
-    active: bool = True
+    switch: _Switch = field(default_factory=_Switch)
     calls: dict[str, int] = field(default_factory=dict)
     powers: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, module: torch.nn.Module, inputs: Tensors) -> None:
         name = module.layer_name
-        if not self.active or name not in self.reference:
+        if not self.switch.on or name not in self.reference:
             return
         expected = self.reference[name][self.calls.get(name, 0)].astype(np.float64)
         actual = inputs[0].reshape(-1, inputs[0].shape[-1]).double().numpy()

@@ -10,10 +10,11 @@ A target that computes parts in FP16 is measured against float32 runs that round
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +22,16 @@ from numpy.typing import NDArray
 from export.checkpoint import QuantizedLinear
 from pipeline import machine
 from pipeline.backends.base import Arithmetic, Arrays, only
+from pipeline.backends.mapped_pages import give_back_weights
 from pipeline.backends.side_by_side import side_by_side
-from pipeline.distance import Array, sqnr_db
+from pipeline.distance import Array, ratio_db, sqnr_db
 from pipeline.generate.case import AnyCase, Case, Run, TextCase, is_large, make_case
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 from pipeline.verify.call_patterns import Setting
 from pipeline.verify.calls import Call, SampleError, make_calls, make_pools, nan_reach, sample_errors
+from pipeline.verify.in_step import in_step
+from pipeline.verify.oracle import row_blocks, unit_of
 from pipeline.verify.reference_hooks import ARITHMETICS, Comparison, Recorder, hooked, jittered
 from pipeline.verify.segments import SegmentReference
 
@@ -35,8 +39,8 @@ if TYPE_CHECKING:
     import torch
 
     from export.models.load import LoadedModel
-    from pipeline.backends.reference import ReferenceEngine
 
+T = TypeVar("T")
 # Float32 runs of the reference: until ENOUGH_SAMPLES samples are seen, at most REALISATIONS. A large model gets one,
 # which has thousands of flips.
 REALISATIONS, ENOUGH_SAMPLES = 2, 100
@@ -87,7 +91,8 @@ class Study:
     pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
     reference's and the float model's outputs for them. nan_reach: see calls.nan_reach, of the float64 reference.
     stretches: what segments are compared with. counted: see Family. units: of a model with several outputs, by name the
-    root mean square of each in the float64 reference's steps, in which they are judged as one.
+    root mean square of each in the float64 reference's steps, in which they are judged as one. weight_read: called when a weight
+    of the float model has been read.
     """
 
     case: AnyCase
@@ -106,6 +111,7 @@ class Study:
     special_calls: list[Call] = field(default_factory=list)
     stretches: SegmentReference | None = None
     units: Mapping[str, float] = field(default_factory=dict)
+    weight_read: Callable[[], None] = lambda: None
     _weights_db: dict[str, float] = field(default_factory=dict)
 
     def judged(self, run: Run) -> Run:
@@ -128,8 +134,8 @@ class Study:
     def weight_db(self, layer: QuantizedLinear, linear: torch.nn.Linear) -> float:
         """SQNR of a layer's quantized weight, which is the same in every target."""
         if layer.name not in self._weights_db:
-            weight = linear.weight.detach().float().numpy()
-            self._weights_db[layer.name] = sqnr_db(weight, layer.dequantized())
+            self._weights_db[layer.name] = weight_sqnr_db(layer, linear.weight)
+            self.weight_read()
         return self._weights_db[layer.name]
 
     def input_db(self, layer: str, inputs: Mapping[int, Array]) -> float:
@@ -217,26 +223,30 @@ def study(
     import torch
 
     from export.models.torch_modules import Denoiser, set_resolution, with_modules
-    from pipeline.backends.reference import ReferenceEngine, fake_quant
+    from pipeline.backends.reference import fake_quant, keeps_integers
 
-    def engine(module: torch.nn.Module, dtype: torch.dtype) -> ReferenceEngine:
+    def passes(module: torch.nn.Module, dtype: torch.dtype, arithmetic: Arithmetic = "fp32") -> Passes:
         set_resolution(module, *reference.case.cells)
-        return ReferenceEngine(module, dtype)
+        # What changes functions of PyTorch does so in its own thread alone.
+        plain = ARITHMETICS[arithmetic].context is nullcontext
+        return Passes(module, dtype, reference, together=plain and not keeps_integers(model))
 
     attention = recipe.attention.formats
     reference = Study(make_case(model, recipe), model.family.counted)
+    if is_large(model):
+        reference.weight_read = partial(give_back_weights, model)
     reference.pools = make_pools(model, reference.case)
     reference.special_calls = make_calls(model, reference.pools)
     reference.stretches = SegmentReference(model, reference.case.cells, attention)
     reference.probed = tuple(sorted({0, reference.case.n_steps - 1}))
-    exact = engine(fake_quant(model, layers, torch.float64, attention), torch.float64)
+    exact = passes(fake_quant(model, layers, torch.float64, attention), torch.float64)
     if len(model.family.outputs) > 1:
         assert isinstance(reference.case, TextCase) and reference.counted is not None
         reference.units = units_of(exact.run(reference.case.call), reference.case.call[reference.counted])
     _run_exact(reference, exact)
 
     def realise(arithmetic: Arithmetic) -> None:
-        single = engine(fake_quant(model, layers, torch.float32, attention), torch.float32)
+        single = passes(fake_quant(model, layers, torch.float32, attention), torch.float32, arithmetic)
         with ARITHMETICS[arithmetic].context(single.module):
             reference.float32[arithmetic] = _realisations(
                 reference, single, 1 if is_large(model) else REALISATIONS, f"verify: steps in {arithmetic}"
@@ -244,7 +254,7 @@ def study(
 
     def run_float() -> None:
         names = tuple(row.name for row in model.inputs)
-        _run_float(reference, engine(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
+        _run_float(reference, passes(Denoiser(with_modules(model.module, {}), model.family, names), torch.float32))
 
     runs: list[Callable[[], None]] = [partial(realise, arithmetic) for arithmetic in sorted(set(arithmetics))]
     runs.append(run_float)
@@ -253,20 +263,71 @@ def study(
     return reference
 
 
-def _run_exact(study: Study, engine: ReferenceEngine) -> None:
+class Passes:
+    """Runs of one module, a pass for each call. Of a large model, whose weights are unpacked at every call, they go in
+    step.
+
+    run: makes a call, and counts in its output what the model counts.
+    """
+
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype, study: Study, together: bool) -> None:
+        from export.models.torch_modules import UpcastLinear
+        from pipeline.backends.reference import FakeQuantLinear, ReferenceEngine
+
+        self.module = module
+        # One thread at a time calls it, or several in step.
+        self.run = study.judged(ReferenceEngine(module, dtype, locked=False).run)
+        self._weight_read = study.weight_read
+        linears = [part for part in module.modules() if isinstance(part, FakeQuantLinear | UpcastLinear)]
+        # A low-rank branch is chosen for the samples of one call.
+        routed = any(isinstance(part, FakeQuantLinear) and part.routing is not None for part in linears)
+        self._linears = linears if together and not routed else []
+
+    def all(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of functions that call `run`."""
+        if not self._linears:
+            return [function() for function in functions]
+        return in_step(self._linears, functions, self._weight_read)
+
+
+def _run_exact(study: Study, passes: Passes) -> None:
     """The trajectory in float64; x_t is rounded to float32 at every step, so that all runs get the same inputs."""
 
     def keep(i: int, inputs: Arrays, outputs: Arrays) -> None:
         study.calls.append(inputs)
         study.exact.append(only(outputs))
 
-    record, run = Recorder(), study.judged(engine.run)
-    with hooked(engine.module, record):
-        study.pictures["reference"] = study.case.draw(_watched(run, record, study.probed), keep)
+    def draw() -> None:
+        study.pictures["reference"] = study.case.draw(_watched(passes.run, record, study.probed), keep)
+
+    record = Recorder()
+    with hooked(passes.module, record):
+        _, *pools = passes.all([draw, *_of_pools(study, passes.run, record)])
     study.layer_inputs = record.inputs
-    study.pool_exact = {name: only(run(inputs)) for name, inputs in study.pools.items()}
+    study.pool_exact = _by_pool(study, pools)
     if study.case.makes_pictures:
-        study.nan_reach = nan_reach(run, study.pools, study.case.shared)
+        study.nan_reach = nan_reach(passes.run, study.pools, study.case.shared)
+
+
+def _of_pools(
+    study: Study, run: Run, unseen: Recorder | Comparison | None = None
+) -> list[Callable[[], NDArray[np.floating] | None]]:
+    """Functions that give the outputs for each of the pools; their calls are not seen by `unseen`."""
+
+    def output(inputs: Arrays) -> NDArray[np.floating]:
+        if unseen is not None:
+            unseen.switch.on = False
+        return only(run(inputs))
+
+    return [partial(output, inputs) for inputs in study.pools.values()]
+
+
+def _by_pool(study: Study, outputs: Sequence[Array | None]) -> dict[str, Array]:
+    arrays = dict[str, Array]()
+    for name, output in zip(study.pools, outputs, strict=True):
+        assert output is not None
+        arrays[name] = output
+    return arrays
 
 
 def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], first: int = 0) -> Run:
@@ -274,7 +335,7 @@ def _watched(run: Run, record: Recorder | Comparison, probed: Sequence[int], fir
     steps = count(first)
 
     def call(inputs: Arrays) -> Arrays:
-        record.active = next(steps) in probed
+        record.switch.on = next(steps) in probed
         return run(inputs)
 
     return call
@@ -301,35 +362,52 @@ def _drawn(study: Study, run: Run) -> tuple[Array, Arrays]:
     return pictures, outputs[0]
 
 
-def _realisations(study: Study, engine: ReferenceEngine, runs: int, label: str) -> Realisations:
-    single, run = Realisations(), study.judged(engine.run)
+def _realisations(study: Study, passes: Passes, runs: int, label: str) -> Realisations:
+    single = Realisations()
     for seed in range(runs):
         if len(_samples(single.errors)) >= ENOUGH_SAMPLES:
             break
-        with jittered(engine.module, seed, QUANTIZER_ULPS):
-            comparison = Comparison(study.layer_inputs)
-            with hooked(engine.module, comparison):
-                pictures, errors = _drawn_and_compared(study, run, label, comparison)
+        comparison = Comparison(study.layer_inputs)
+
+        def draw(comparison: Comparison = comparison) -> None:
+            pictures, errors = _drawn_and_compared(study, passes.run, label, comparison)
             single.hit_pictures.append(pictures)
             single.errors.append(errors)
-            single.hit_calls_db += study.pools_db(run)
+
+        with jittered(passes.module, seed, QUANTIZER_ULPS), hooked(passes.module, comparison):
+            _, *pools = passes.all([draw, *_of_pools(study, passes.run, comparison)])
+        single.hit_calls_db += _samples_db(study.pool_exact, _by_pool(study, pools))
         for name, value in comparison.sqnr_db.items():
             single.layer_db[name] = min(value, single.layer_db.get(name, np.inf))
-    _add_hits(study, engine, single)
+    _add_hits(study, passes, single)
     return single
 
 
-def _add_hits(study: Study, engine: ReferenceEngine, single: Realisations) -> None:
+def _add_hits(study: Study, passes: Passes, single: Realisations) -> None:
     """Raise the jitter until flips hit most samples, of the steps and of the pools each, in place of the plain runs."""
-    single.hit_errors, run = single.errors, study.judged(engine.run)
+    single.hit_errors, run = single.errors, passes.run
     for ulps in HITTING_ULPS:
         steps_hit, calls_hit = most_are_hit(_samples(single.hit_errors)), most_are_hit(single.hit_calls_db)
-        with jittered(engine.module, len(single.errors), ulps):
+        with jittered(passes.module, len(single.errors), ulps):
             if not steps_hit:
                 pictures, errors = _drawn_and_compared(study, run, "verify: steps")
                 single.hit_errors, single.hit_pictures = [errors], [pictures]
             if not calls_hit:
                 single.hit_calls_db = study.pools_db(run)
+
+
+def weight_sqnr_db(layer: QuantizedLinear, weight: torch.Tensor) -> float:
+    """SQNR of a quantized weight against `weight` [N, K], some rows at a time: of a large layer the whole would be many
+    times what the processor's caches hold."""
+    integers, scales = layer.integers(), layer.scales.astype(np.float64) * unit_of(layer.weight_format)
+    signal = noise = 0.0
+    for rows in row_blocks(*integers.shape):
+        exact = weight[rows].detach().double().numpy()
+        value = integers[rows].reshape(len(exact), scales.shape[1], -1) * scales[rows, :, None]
+        signal += float(np.vdot(exact, exact))
+        difference = value.reshape(exact.shape) - exact
+        noise += float(np.vdot(difference, difference))
+    return ratio_db(signal, noise)
 
 
 def _samples_db(expected: dict[str, Array], actual: dict[str, Array]) -> list[float]:
@@ -346,8 +424,10 @@ def most_are_hit(samples_db: Sequence[float]) -> bool:
     return float(np.mean([value < HIT_DB for value in samples_db])) >= HIT_SHARE
 
 
-def _run_float(study: Study, engine: ReferenceEngine) -> None:
-    run = study.judged(engine.run)
-    study.pictures["float"], first = _drawn(study, run)
-    study.plain = [only(first), *(only(run(call)) for call in study.calls[1:])]
-    study.pool_plain = {name: only(run(inputs)) for name, inputs in study.pools.items()}
+def _run_float(study: Study, passes: Passes) -> None:
+    def draw() -> None:
+        study.pictures["float"], first = _drawn(study, passes.run)
+        study.plain = [only(first), *(only(passes.run(call)) for call in study.calls[1:])]
+
+    _, *pools = passes.all([draw, *_of_pools(study, passes.run)])
+    study.pool_plain = _by_pool(study, pools)

@@ -192,6 +192,15 @@ def test_quantize_is_symmetric(fmt: Format) -> None:
     assert at_limits[differs].all()
 
 
+@by_name
+def test_float32_is_quantized_to_the_codes_of_float64(fmt: Format) -> None:
+    points = interesting(fmt).astype(np.float32)
+    tiny = np.float32([0.0, -0.0, 1e-45, -1e-45, 1e-30, np.inf, -np.inf, 3e38])
+    near = np.concatenate([tiny, points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, -points)])
+    assert (quantize(fmt, near) == quantize(fmt, near.astype(np.float64))).all()
+    assert quantize(fmt, near).dtype == np.uint8
+
+
 # --- packing -------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,17 @@ from pipeline.backends.reference import ReferenceEngine
 from pipeline.distance import Array
 from pipeline.generate.case import Run, TextCase, make_case
 from pipeline.verify.call_patterns import Setting
-from pipeline.verify.calls import LONGEST, ONE, Call, StateResult, call_errors, make_calls, make_pools, state_result
+from pipeline.verify.calls import (
+    LONGEST,
+    ODD,
+    ONE,
+    Call,
+    StateResult,
+    call_errors,
+    make_calls,
+    make_pools,
+    state_result,
+)
 from pipeline.verify.study import Study
 from tests.support.tiny_text import t5_folder
 
@@ -57,6 +67,36 @@ def test_prompts_have_every_length_and_a_token_at_least(subject: Subject) -> Non
     assert subject.pools[LONGEST]["input_ids"].shape[1] > subject.model.config["relative_attention_max_distance"]
     assert set(lengths[LONGEST]) >= {1, subject.pools[LONGEST]["input_ids"].shape[1]}
     assert [len(call.inputs["input_ids"]) for call in subject.calls] == [1, 2, 3, 9]
+
+
+def test_a_large_encoder_has_every_size_length_and_mask_in_few_tokens(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.generate.case.SMALL_PARAMETERS", 0)
+    pools = make_pools(subject.model, subject.study.case)
+    calls = make_calls(subject.model, pools)
+    assert {len(call.rows) for call in calls} == {1, 2, 3, 9}
+    masks = {name: pool["attention_mask"].sum(1) for name, pool in pools.items()}
+    longest = pools[LONGEST]["input_ids"].shape[1]
+    assert longest > subject.model.config["relative_attention_max_distance"] and set(masks[LONGEST]) == {1, longest}
+    assert len(set(masks[ODD])) == 3 and masks[ONE].tolist() == [1]
+    assert sum(call.inputs["input_ids"].size for call in calls) < 3 * longest
+    exact = {name: only(subject.study.judged(subject.run)(pool)) for name, pool in pools.items()}
+    large = replace(subject, pools=pools, calls=calls, exact=exact)
+    state = large.state(lambda run: run)
+    assert not state.unequal and min(error.sqnr_db for error in state.errors) > 100
+
+    def unmasked(run: Run) -> Run:
+        return lambda inputs: run(inputs | {"attention_mask": np.ones_like(inputs["attention_mask"])})
+
+    def first_of_batch(run: Run) -> Run:
+        return lambda inputs: {name: np.repeat(out[:1], len(out), 0) for name, out in run(inputs).items()}
+
+    for fault in (unmasked, first_of_batch):
+        wrong = large.state(fault)
+        assert wrong.unequal or min(error.sqnr_db for error in wrong.errors) < 20
+        errors = call_errors(calls, exact, subject.study.judged(fault(subject.run)))
+        assert min(error.sqnr_db for error in errors) < 20
 
 
 def test_rows_of_padding_are_nobodys(subject: Subject) -> None:

@@ -143,5 +143,5 @@ def multiplier_panels(gemm: QuantizedGemm) -> NDArray[np.uint8]:
 
 def weight_sums(gemm: QuantizedGemm) -> NDArray[np.int32]:
     """[sums, N]: what a zero point is a factor of."""
-    parts = gemm.integers(np.int32).reshape(gemm.out_features, gemm.sum_groups, -1)
+    parts = gemm.integers(np.min_scalar_type(-gemm.weight_kmax)).reshape(gemm.out_features, gemm.sum_groups, -1)
     return np.ascontiguousarray(parts.sum(axis=2, dtype=np.int32).T)
