@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from export.models.families import LEGACY_END
+from export.models.families import LEGACY_END, end_token
 from export.models.text_modules import activation_of, attended, causal_bias, padding_bias
 
 if TYPE_CHECKING:
@@ -44,10 +44,11 @@ def text_model_of(module: nn.Module) -> CLIPTextModel:
 def exportable(module: nn.Module) -> nn.Module:
     """The same module with its attentions replaced, and without buffers that are made where they are used.
 
-    Raises ModelError for an activation function that is not known.
+    Raises ModelError for an activation function or an end token that is not known.
     """
     text = text_model_of(module)
     activation_of(text.config.hidden_act, "hidden_act")
+    end_token(text.config.to_dict())
     del text.embeddings.position_ids
     for layer in text.encoder.layers:
         layer.self_attn = BiasedAttention(layer.self_attn)

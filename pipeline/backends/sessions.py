@@ -90,9 +90,13 @@ def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arr
         if (reason := refusal(error)) is None:
             raise
         if type(error).__name__ == "InvalidArgument":
-            remedy = "give numbers that the model knows, such as classes that it was trained on, or fewer tokens"
+            remedy = (
+                "give numbers that the model knows, such as classes that it was trained on, and no more tokens than "
+            )
+            remedy += "the model has positions"
             raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
-        remedy = "verify the bundle, or build it again"
+        # onnxruntime may have made a slice of a lookup by places, whose result then does not fit.
+        remedy = "give no more tokens than the model has positions; else verify the bundle, or build it again"
         raise ContractError(f"the engine's graph fails in onnxruntime ({reason}); {remedy}") from error
 
 

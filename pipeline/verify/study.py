@@ -91,8 +91,8 @@ class Study:
     pools: samples of calls that drawing does not make (pipeline.verify.calls), pool_exact and pool_plain: the float64
     reference's and the float model's outputs for them. nan_reach: see calls.nan_reach, of the float64 reference.
     stretches: what segments are compared with. counted: see Family. units: of a model with several outputs, by name the
-    root mean square of each in the float64 reference's steps, in which they are judged as one. weight_read: called when a weight
-    of the float model has been read.
+    root mean square of each in the float64 reference's steps, in which they are judged as one. weight_read: called when
+    a weight of the float model has been read.
     """
 
     case: AnyCase

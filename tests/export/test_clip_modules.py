@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from export.errors import ModelError
 from export.models.clip_modules import end_rows
+from export.models.description import end_prompts
 from export.models.families import FAMILIES, LEGACY_END
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.text_modules import ACTIVATIONS, quick_gelu
@@ -65,6 +66,8 @@ def test_it_is_transformers_own(tmp_path: Path, kind: str, end: int) -> None:
 def test_padding_may_stand_in_front(model: LoadedModel) -> None:
     inputs = sample_inputs(model, 3, 0, tokens=20)
     inputs["attention_mask"] = (np.arange(20) >= np.array([[0], [5], [19]])).astype(np.int64)
+    inputs["input_ids"] = np.minimum(inputs["input_ids"], END - 1)
+    end_prompts(model, inputs)
     assert_same(outputs(model, inputs), own_outputs(clip(), **inputs), inputs["attention_mask"].astype(bool))
 
 
