@@ -13,7 +13,7 @@ from importlib import resources
 import numpy as np
 
 from export.errors import ContractError, ModelError, RecipeError
-from export.models.families import FAMILIES, Config, Input, shared_names
+from export.models.families import FAMILIES, Config, Input, pixels_per_latent, shared_names
 from pipeline.backends.base import Arrays
 from pipeline.generate.components import Components, PipelineSource, timed
 from pipeline.generate.draw import Drawing, DrawRequest, Picture, first_noise
@@ -30,6 +30,7 @@ from pipeline.generate.pipeline_classes import (
 from pipeline.generate.sampling import FloatArray, Trajectory, take_samples
 from pipeline.generate.schedulers.base import Scheduler, SchedulerOptions, SeededNoise
 from pipeline.generate.schedulers.config import read_scheduler_config
+from pipeline.generate.tiles import Tiles
 from pipeline.generate.tokenizer import PromptTokenizer
 
 # Prompts that a text encoder is called with at a time.
@@ -91,7 +92,7 @@ class LatentModel:
         self.n_steps, self.guidance_scale = row.n_steps, row.guidance_scale
         try:
             self.inputs = _denoiser_inputs(row.denoiser, source)
-            cell = pixels_per_cell(source.vae)
+            cell = pixels_per_latent(source.vae)
             own = config["sample_size"] * cell
             self.height, self.width = source.height or own, source.width or own
             self.latent_shape = (config["in_channels"], self.height // cell, self.width // cell)
@@ -235,26 +236,22 @@ class LatentModel:
     def _encode_images(self, images: Sequence[FloatArray], seconds: dict[str, float]) -> FloatArray:
         """Latents [B, C, h, w] of B pictures from -1 to 1: the likeliest ones, as the denoiser knows them."""
         run = timed(partial(self.components.run, ENCODER), ENCODER, seconds)
-        moments = np.concatenate([run({"sample": image[None]})["moments"] for image in images])
+        moments = Tiles.of_pixels(self.vae).encode(run, np.stack(images))
         mean = moments[:, : self.latent_shape[0]]
         return np.asarray((mean - self.shift) * self.factor, np.float32)
 
     def _decode(self, latents: FloatArray, seconds: dict[str, float]) -> FloatArray:
-        """Pictures [B, 3, H, W], about from -1 to 1, of latents; one by one, for a decoder takes much memory."""
+        """Pictures [B, 3, H, W], about from -1 to 1, of latents; one by one, large ones in tiles, for a decoder takes
+        much memory."""
         run = timed(partial(self.components.run, DECODER), DECODER, seconds)
         scaled = latents / self.factor + self.shift
-        pictures = np.concatenate([run({"latents": one[None]})["sample"] for one in scaled])
+        pictures = Tiles.of_pixels(self.vae).decode(run, scaled)
         self.preview.learn(latents, pictures)
         return pictures
 
     def _look(self, latents: FloatArray, seconds: dict[str, float]) -> FloatArray:
         """The same, roughly and at once; the first ones of all are decoded, for the others to be learned from."""
         return self.preview(latents) if self.preview.is_ready else self._decode(latents, seconds)
-
-
-def pixels_per_cell(vae: Config) -> int:
-    """Pixels of a latent's side, by the autoencoder's configuration: each level but the last halves."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _captions(count: int) -> tuple[str, ...]:

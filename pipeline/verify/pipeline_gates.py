@@ -27,6 +27,7 @@ from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.pipeline_classes import PIPELINES, TRANSFORMER
 from pipeline.generate.pipeline_folder import captions, pipeline_arguments, shared_variant
 from pipeline.generate.schedulers.base import SeededNoise
+from pipeline.generate.tiles import Tiles
 from pipeline.parts import AUTOENCODERS, PipelineFolder
 from pipeline.text_to_image import Pipeline
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
@@ -246,6 +247,9 @@ def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: Pipeli
             )
             stored = {key: stored_value(key, tensor) for key, tensor in autoencoder.state_dict().items()}
             autoencoder.load_state_dict(stored)
+            tiles = Tiles.of_pixels(autoencoder.config)
+            autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = tiles.pixels, tiles.latents
+            autoencoder.enable_tiling()
             named[name] = autoencoder
         elif name in folder.tokenizers:
             named[name] = read_tokenizer(folder.root / name, class_name)
