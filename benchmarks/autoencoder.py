@@ -58,7 +58,7 @@ def measured(bundle_path: Path, pixels: int, way: Way, threads: int) -> Row:
 def apart(bundle: Path, pixels: int, way: Way, threads: int) -> Row:
     """The same in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.autoencoder", str(bundle), "--one", str(pixels), way]
-    done = subprocess.run([*command, "--threads", str(threads)], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([*command, "--threads", str(threads)], stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -59,7 +59,7 @@ def _tree(pid: int) -> list[int]:
     """The process and all below it."""
     try:
         children = Path(f"/proc/{pid}/task").glob("*/children")
-        below = [int(text) for path in children for text in path.read_text().split()]
+        below = [int(text) for path in children for text in path.read_text(encoding="utf-8").split()]
     except OSError:  # it has ended
         return [pid]
     return [pid, *(inner for child in below for inner in _tree(child))]

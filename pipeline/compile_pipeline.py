@@ -216,7 +216,7 @@ def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) ->
         "source": {"path": request.recipe.model, "revision": folder.revision},
         "tools": tool_versions(),
         "code": machine.code_version(),
-        "machine": machine.facts(),
+        "machine": dict(machine.facts()),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "stages": list(work.times),
     }

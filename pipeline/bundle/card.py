@@ -199,7 +199,7 @@ def usage(parts: Sequence[Part], repository: Repository) -> str:
     """How to run it, in three lines."""
     only = parts[0].bundle if len(parts) == 1 else None
     lines = [f"pip install '{machine.PROGRAM}[hub]'"]
-    if only is not None and only.is_text_encoder:
+    if only is not None and not only.is_denoiser:
         lines += ["python", f'>>> from ditc import load; engine = load("{repository}").engine()']
     elif only is not None and "generation.json" not in only.manifest["files"]:
         lines[0] = f"pip install '{machine.PROGRAM}[build,hub]'"

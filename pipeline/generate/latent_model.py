@@ -13,7 +13,7 @@ from importlib import resources
 import numpy as np
 
 from export.errors import ContractError, ModelError, RecipeError
-from export.models.families import FAMILIES, Config, Input, pixels_per_latent, shared_names
+from export.models.families import FAMILIES, Input, pixels_per_latent, shared_names
 from pipeline.backends.base import Arrays
 from pipeline.generate.components import Components, PipelineSource, timed
 from pipeline.generate.draw import Drawing, DrawRequest, Picture, first_noise
@@ -98,6 +98,7 @@ class LatentModel:
             self.latent_shape = (config["in_channels"], self.height // cell, self.width // cell)
             self.shift = np.float32(source.vae.get("shift_factor") or 0)
             self.factor = np.float32(source.vae["scaling_factor"])
+            self.tiles = Tiles.of_pixels(source.vae)
             self.conditions = row.conditions(config, (self.height, self.width))
             self.class_count = config["num_embeds_ada_norm"] if row.classes else 0
         except KeyError as error:
@@ -236,7 +237,7 @@ class LatentModel:
     def _encode_images(self, images: Sequence[FloatArray], seconds: dict[str, float]) -> FloatArray:
         """Latents [B, C, h, w] of B pictures from -1 to 1: the likeliest ones, as the denoiser knows them."""
         run = timed(partial(self.components.run, ENCODER), ENCODER, seconds)
-        moments = Tiles.of_pixels(self.vae).encode(run, np.stack(images))
+        moments = self.tiles.encode(run, np.stack(images))
         mean = moments[:, : self.latent_shape[0]]
         return np.asarray((mean - self.shift) * self.factor, np.float32)
 
@@ -245,7 +246,7 @@ class LatentModel:
         much memory."""
         run = timed(partial(self.components.run, DECODER), DECODER, seconds)
         scaled = latents / self.factor + self.shift
-        pictures = Tiles.of_pixels(self.vae).decode(run, scaled)
+        pictures = self.tiles.decode(run, scaled)
         self.preview.learn(latents, pictures)
         return pictures
 

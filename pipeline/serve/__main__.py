@@ -175,6 +175,7 @@ def make_service(
         return
     from pipeline.serve.cluster import joined, replicas
 
+    assert pipeline.bundle is not None  # a server's pipeline is opened from one
     pipeline.close()
     with joined(args.ray_address, scale), replicas(pipeline.bundle, args.target, scale, name) as drawers:
         yield Service(pipeline, limits, drawers.start_batch, scale.most)

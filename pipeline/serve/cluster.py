@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.errors import EnvironmentLacksError
 from pipeline.bundle.bundle import Bundle
+from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.serve.jobs import Row
 from pipeline.serve.remote import RemoteBatch, Stream
 from pipeline.serve.replica import Order, Progress, Replica, manifest_sha256
@@ -120,7 +121,7 @@ def _refuse_small(scale: Scale) -> None:
 
 
 @contextmanager
-def replicas(bundle: Bundle, target: str, scale: Scale, name: str) -> Iterator[Replicas]:
+def replicas(bundle: Bundle | PipelineBundle, target: str, scale: Scale, name: str) -> Iterator[Replicas]:
     """Replicas of a bundle's engine, all started, under a name that no other application of the cluster has.
 
     Raises EnvironmentLacksError where they do not start.

@@ -62,8 +62,8 @@ class Replica:
             await asyncio.to_thread(drawing.step)
             wanted = [row for row, steps in enumerate(order.preview_steps) if drawing.steps_done in steps]
             previews = {row: _or_reason(drawing.preview, row) for row in wanted}
-            rows = range(len(order.pictures)) if drawing.is_over else ()
-            pictures = {row: _or_reason(drawing.picture, row) for row in rows}
+            finished = range(len(order.pictures) if drawing.is_over else 0)
+            pictures = {row: _or_reason(drawing.picture, row) for row in finished}
             yield Progress(drawing.steps_done, drawing.n_steps, previews, pictures)
 
 

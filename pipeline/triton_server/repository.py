@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from export.errors import RecipeError
 from pipeline.bundle.snapshot import read_verified
 from pipeline.files import MANIFEST_FILE
-from pipeline.generate.draw import makes_pixels, picture_shape
+from pipeline.generate.pixel_model import makes_pixels, picture_shape
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle

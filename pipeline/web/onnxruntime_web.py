@@ -59,7 +59,9 @@ def fetch(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent"]
         try:
-            done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=WAITED_S, check=False)
+            done = subprocess.run(
+                command, cwd=place, capture_output=True, encoding="utf-8", timeout=WAITED_S, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise EnvironmentLacksError(
                 f"npm has not fetched {PACKAGE} within {WAITED_S} s; try again, {remedy}"

@@ -14,7 +14,7 @@ from export.errors import RecipeError
 from pipeline.backends import PORTABLE
 from pipeline.backends.base import DATA, MODEL
 from pipeline.generate.conditioning import Generation
-from pipeline.generate.draw import makes_pixels, picture_shape
+from pipeline.generate.pixel_model import makes_pixels, picture_shape
 from pipeline.generate.sampling import make_sampler
 from pipeline.generate.scene_grammar import GRAMMAR
 from pipeline.web import onnxruntime_web, ziggurat

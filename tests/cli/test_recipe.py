@@ -16,6 +16,8 @@ from pipeline.recipe import Recipe, from_dict, load, recipe_names, settled, to_t
 
 BASE = Recipe(name="test", model="zoo:pixart_mini")
 NAMES = [
+    "bert_w4a8",
+    "clip_w4a8",
     "dit_w4a8",
     "dit_w6a8",
     "hunyuan_w4a6",

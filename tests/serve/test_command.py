@@ -17,6 +17,7 @@ import pytest
 
 from export.errors import EnvironmentLacksError, RecipeError
 from pipeline import machine
+from pipeline.generate.pixel_model import PixelModel
 from pipeline.serve.__main__ import KEY_VARIABLE, find_key, find_scale, listening, main, make_limits, make_parser
 from pipeline.serve.images_request import PATH
 from pipeline.serve.scale import Scale
@@ -128,7 +129,7 @@ def test_from_the_first_line_to_the_end(
 ) -> None:
     """The server has the main thread, as in a process of its own; the client is beside it, and sends the signal."""
     bundle = make_bundle(tmp_path)
-    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *_: cls(bundle)))
+    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *_: cls(PixelModel(bundle), bundle)))
     with listening("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"

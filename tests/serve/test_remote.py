@@ -14,6 +14,7 @@ import pytest
 from export.errors import ContractError, RecipeError
 from pipeline.bundle.manifest import MANIFEST_FILE
 from pipeline.generate.draw import DrawRequest
+from pipeline.generate.pixel_model import PixelModel
 from pipeline.serve.jobs import Drawn, Event, Job, Preview, Row
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.remote import MOST_ENDED, RemoteBatch
@@ -69,7 +70,7 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Replica:
     engine = GatedEngine()
     bundle = replace(make_bundle(tmp_path), make_engine=lambda: engine)
     (bundle.path / MANIFEST_FILE).write_text("{}")
-    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *_: cls(bundle)))
+    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *_: cls(PixelModel(bundle), bundle)))
     return Replica(str(bundle.path), manifest_sha256(bundle.path), "auto", 1)
 
 

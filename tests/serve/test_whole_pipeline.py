@@ -33,7 +33,8 @@ def client(tmp_path: Path, log: Log) -> Iterator[TestClient]:
         yield TestClient(make_app(service))
     finally:
         service.queue.close()
-        service.worker.join(WAITED_S)
+        for worker in service.workers:
+            worker.join(WAITED_S)
 
 
 def events(text: str) -> list[Any]:

@@ -214,7 +214,7 @@ class Model:
     parameters = 130
 
     class family:
-        name, output = "test", "sample"
+        name, outputs = "test", ("sample",)
 
         @staticmethod
         def call(module, inputs):

@@ -43,7 +43,7 @@ def pipeline_of(plan: Plan, work_dir: Path, seed: int) -> PixArtAlphaPipeline:
     tokenizer = tokenizer_of(work_dir, seed)
     vae = trained(plan.autoencoder, parts.autoencoder(), work_dir)
     models = trained(plan.denoiser, new_denoiser(len(tokenizer)), work_dir)
-    return assemble(tokenizer, vae, models, json.loads((work_dir / "scaling_factor.json").read_text()))
+    return assemble(tokenizer, vae, models, json.loads((work_dir / "scaling_factor.json").read_text(encoding="utf-8")))
 
 
 def draw(
@@ -107,7 +107,7 @@ def looks_of(plan: Plan, work_dir: Path, seed: int) -> dict[str, Look]:
 
     def denoiser_look(models: torch.nn.Module, step: int) -> None:
         vae = trained(plan.autoencoder, parts.autoencoder(), work_dir)
-        factor = json.loads((work_dir / "scaling_factor.json").read_text())
+        factor = json.loads((work_dir / "scaling_factor.json").read_text(encoding="utf-8"))
         pipeline = assemble(tokenizer_of(work_dir, seed), vae, models, factor)
         drawn = draw(pipeline, captions(labels), seed, most_tokens=40)
         _note(work_dir, plan.denoiser.name, step, labels, judge(), drawn)
