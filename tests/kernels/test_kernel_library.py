@@ -250,8 +250,8 @@ def test_a_compiler_that_does_not_run_is_told_and_auto_is_stock(
 
 
 def test_a_library_that_does_not_load_makes_auto_stock(builds: list[Path], cache: Path) -> None:
-    """As where code may not run from the cache's file system, or the compiler makes no library: not compiled anew, which
-    would give the same."""
+    """As where code may not run from the cache's file system, or the compiler makes no library: it would make the same
+    again, so it is not asked."""
     assert "does not load here" in (library.problem() or "")
     assert "does not load here" in (library.problem() or "") and len(builds) == 1
     recipe = Recipe(name="test", model="none")
