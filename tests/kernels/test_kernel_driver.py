@@ -18,19 +18,22 @@ import onnx_ir as ir
 import pytest
 
 from export.dialect.ops import ABSMAX_FLOOR
-from export.formats.format import get_format
+from export.dialect.reference import quantize_activation
+from export.formats.format import get_format, to_integers
 from export.formats.operands import largest_code
 from pipeline.backends.cpu.finish_with_chain import grid_numbers
 from pipeline.backends.cpu.half_gemm import half_panels
 from pipeline.backends.cpu.packed_gemm import multiplier_panels, packs, weight_panels, weight_sums
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, check_attention
 from plugins.cpu import library
+from tests.backends.cpu.test_cpu_quantizers import image_and_scale, on_the_grid
 from tests.kernels import test_native_half_gemm as half
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_epilogue import EPILOGUES
 from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, VARIANTS, expected, linear, operands
 from tests.support import native, sanitized
 from tests.support.attentions import operands as operands_of_attention
+from tests.support.portable import activations
 
 pytestmark = pytest.mark.kernels
 
@@ -38,6 +41,7 @@ KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
 # What stands in for packed_gemm.c and those of its variants whose instructions it makes of others.
 EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c")
 STRICT = sanitized.FLAGS
+EPSILON = 1e-6  # of a norm
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
 
@@ -164,6 +168,67 @@ def test_an_epilogue_gives_the_bits_of_a_chain(machine, layer, stages):
         with np.errstate(invalid="ignore"):
             scaled = product * given["TOKEN_SCALE"].reshape(-1, 1) + given["BIAS"]
         np.testing.assert_array_equal(linear_.reshape(-1, n), scaled)
+
+
+def chain_of_rows(machine, x, fmt, limbs, norm=()):
+    """(what was quantized, scales, integers) of rows x [rows, n] by TokenChain. norm: rows of scale and of shift."""
+    attributes = native.quantizer(fmt, limbs)
+    zero, base = attributes["zero"], attributes.get("limb_base", 0)
+    names = ("max_value", "kmax", "rounding_factor")
+    options = np.array([EPSILON, ABSMAX_FLOOR, *(attributes[name] for name in names)], np.float32)
+    numbers = [*x.shape, zero, base, len(x) // len(norm[0]) if norm else 0]
+    result = run(machine.command, numbers, [options, x, *norm], "token_chain")
+    quantized, scale, *codes = np.split(result, np.cumsum([x.size, len(x), x.size])[: 2 + (limbs == 2)])
+    integers = [part.astype(np.int64).reshape(x.shape) - zero for part in codes]
+    return quantized.reshape(x.shape), scale[:, None], integers[0] if limbs == 1 else base * integers[0] + integers[1]
+
+
+@pytest.mark.parametrize("fmt, limbs", [("E2M1", 1), ("E2M3", 1), ("INT8", 1), ("E2M3", 2), ("E3M4", 2)])
+def test_codes_are_those_of_the_dialect_and_of_the_stock_ops(machine, fmt, limbs):
+    """All values, midpoints and their neighbours; then rows of 391 numbers, of zeros, with outliers, NaN and Inf."""
+    x = on_the_grid(fmt)[0]
+    _, scale, integers = chain_of_rows(machine, x, fmt, limbs)
+    codes, expected_scale = quantize_activation(x, format=fmt)
+    np.testing.assert_array_equal(integers, to_integers(get_format(fmt), codes))
+    np.testing.assert_array_equal(scale, expected_scale)
+    x = activations(np.random.default_rng(3), tokens=12, k=391).reshape(-1, 391)
+    _, scale, integers = chain_of_rows(machine, x, fmt, limbs)
+    stock, stock_scale = image_and_scale(fmt, x[None], limbs)
+    np.testing.assert_array_equal(integers, stock[0])
+    np.testing.assert_array_equal(scale, stock_scale[0])
+    x[[2, 5, 7], [0, 390, 16]] = np.nan, np.inf, -np.inf
+    _, damaged_scale, damaged = chain_of_rows(machine, x, fmt, limbs)
+    sick = np.isin(np.arange(len(x)), (2, 5, 7))
+    assert np.isnan(damaged_scale[sick]).all() and not damaged[sick].any()
+    np.testing.assert_array_equal(damaged[~sick], integers[~sick])
+    np.testing.assert_array_equal(damaged_scale[~sick], scale[~sick])
+
+
+@pytest.mark.parametrize("n", [1, 15, 64, 391])
+def test_a_norm_has_the_same_bits_everywhere(machine, n):
+    """Those of float32 sums in 16 parts, whatever the width of vectors."""
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((6, n)).astype(np.float32) * 3 + 1
+    scale, shift = (rng.standard_normal((2, n)).astype(np.float32) for _ in range(2))
+    mean = in_parts(x) / np.float32(n)
+    off = x - mean
+    inverse = np.float32(1) / np.sqrt(in_parts(off * off) / np.float32(n) + np.float32(EPSILON))
+    expected = (off * inverse) * scale.repeat(3, axis=0) + shift.repeat(3, axis=0)
+    quantized, _, integers = chain_of_rows(machine, x, "INT8", 1, (scale, shift))
+    np.testing.assert_array_equal(quantized, expected)
+    np.testing.assert_array_equal(integers, image_and_scale("INT8", expected[None], 1)[0][0])
+
+
+def in_parts(x):
+    """Sums of rows [rows, 1] float32: number i is added to part i modulo 16, then the parts in turn."""
+    parts = np.zeros((len(x), 16), np.float32)
+    for first in range(0, x.shape[1], 16):
+        piece = x[:, first : first + 16]
+        parts[:, : piece.shape[1]] += piece
+    total = np.zeros(len(x), np.float32)
+    for part in parts.T:
+        total += part
+    return total[:, None]
 
 
 @pytest.mark.parametrize(
