@@ -1,6 +1,6 @@
 """The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with the instructions of
-AVX-VNNI and AVX-512 VNNI made of others and those of AMX done by a handler, and on 64-bit Arm in an emulator. Integers
-are equal to the bit, and attention is within its bound."""
+AVX-VNNI and AVX-512 made of others and those of AMX done by a handler, and on 64-bit Arm in an emulator. Integers are
+equal to the bit, and floats within their bounds."""
 
 import functools
 import os
@@ -38,8 +38,9 @@ from tests.support.portable import activations
 pytestmark = pytest.mark.kernels
 
 KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
-# What stands in for packed_gemm.c and those of its variants whose instructions it makes of others.
-EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c")
+# Sources whose instructions other ones are made of, and what stands in for them.
+EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "attention.c", "half_gemm.c")
+EMULATIONS = ("emulated_x86.c", "emulated_attention.c", "emulated_half_gemm.c")
 STRICT = sanitized.FLAGS
 EPSILON = 1e-6  # of a norm
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
@@ -78,7 +79,7 @@ def machine(request):
         if platform.machine() != "x86_64" or sys.platform != "linux":
             pytest.skip(f"the emulation is of x86-64 on Linux, this is {platform.machine()} on {sys.platform}")
         rest = tuple(path for path in KERNELS if path.name not in EMULATED)
-        sources = (SUPPORT / "emulated_x86.c", *rest)
+        sources = (*(SUPPORT / name for name in EMULATIONS), *rest)
         command = [driver(request.param, library.compiler(), strict, sources)]
         return Machine(command, ("avx_vnni", "avx512_vnni", "amx_int8"), all_run=True)
     missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
