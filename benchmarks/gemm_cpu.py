@@ -6,7 +6,8 @@ formats. A row says how many operations a second the kernel did at best and by t
 measured rate of byte products that is, and how far its integer sums are from the exact ones: kernels without dot
 products of bytes add pairs in saturating 16 bits.
 Attention in float32 and of codes is measured as nanoseconds for a score and thread: a query with a key, that is its
-product, its weight and the product with the value, 2 x 72 multiplications.
+product, its weight and the product with the value, 2 x 72 multiplications; that of a caption once without a mask and
+once with one that hides most of its keys, which shows what masks cost.
 Writes benchmarks/results/gemm_MACHINE.json.
 """
 
@@ -46,6 +47,8 @@ CHANNELS = ((1152, 1152), (4608, 1152), (1152, 4608))  # (N, K)
 PEER, TORCH = "onnxruntime MatMulInteger", "torch quantized linear"
 ENGINES = ("x86", "onednn", "fbgemm")
 HEADS, HEAD_SIZE = 16, 72
+CAPTION_TOKENS, CAPTION_WORDS = 120, 20  # keys of a caption, and those that are no padding
+MASKED = np.float32(-10000)  # what diffusers adds to the scores of padding
 ATTENTIONS = (None, AttentionFormats("E2M3", "E2M3"), AttentionFormats("INT8", "INT8"))  # None: float32
 
 
@@ -204,10 +207,14 @@ def measure(m: int, n: int, k: int, rounds: int, threads: int) -> list[Json]:
     return rows
 
 
-def attention(formats: AttentionFormats | None, tokens: int, heads: int, threads: int) -> Callable[[], object]:
-    """One call of the kernel library's self-attention of `heads` heads, normal q, k and v: float32 without formats."""
+def attention(
+    formats: AttentionFormats | None, tokens: int, keys: int, hidden: int, heads: int, threads: int
+) -> Callable[[], object]:
+    """One call of the kernel library's attention of `heads` heads, normal q, k and v: float32 without formats.
+
+    hidden: the last of the keys, masked as a caption's padding is; 0: no mask."""
     node_type = ir.TensorType(ir.DataType.FLOAT)
-    values = [ir.Value(name=name, type=node_type) for name in "qkv"]
+    values = [ir.Value(name=name, type=node_type) for name in ("q", "k", "v", *(["mask"] if hidden else []))]
     options: dict[str, float] = {"scale": HEAD_SIZE**-0.5}
     if formats is not None:
         options |= {"absmax_floor": ABSMAX_FLOOR}
@@ -221,29 +228,40 @@ def attention(formats: AttentionFormats | None, tokens: int, heads: int, threads
     graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports=imports, name="g")
     rng = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {
-        name: rng.standard_normal((1, heads, tokens, HEAD_SIZE), np.float32) for name in "qkv"
+        name: rng.standard_normal((1, heads, rows, HEAD_SIZE), np.float32)
+        for name, rows in (("q", tokens), ("k", keys), ("v", keys))
     }
+    if hidden:
+        mask = np.zeros((1, 1, 1, keys), np.float32)
+        mask[..., keys - hidden :] = MASKED
+        feeds["mask"] = mask
     return partial(_session(ir.Model(graph, ir_version=10), threads, native=True), feeds)
 
 
 def measure_attention(tokens: int, heads: int, rounds: int, threads: int) -> list[Json]:
-    """Rows of all attentions at one number of tokens."""
-    runs = {formats: attention(formats, tokens, heads, threads) for formats in ATTENTIONS}
-    seconds: dict[AttentionFormats | None, list[float]] = {formats: [] for formats in ATTENTIONS}
+    """Rows of all attentions at one number of tokens: among themselves, and to a caption without and with a mask."""
+    reaches = ((tokens, 0), (CAPTION_TOKENS, 0), (CAPTION_TOKENS, CAPTION_TOKENS - CAPTION_WORDS))
+    runs = {
+        (formats, keys, hidden): attention(formats, tokens, keys, hidden, heads, threads)
+        for keys, hidden in reaches
+        for formats in ATTENTIONS
+    }
+    seconds: dict[tuple[AttentionFormats | None, int, int], list[float]] = {case: [] for case in runs}
     for _ in range(rounds + 1):  # the first is not counted: it takes memory from the system
-        for formats, run in runs.items():
+        for case, run in runs.items():
             started = time.perf_counter()
             run()
-            seconds[formats].append(time.perf_counter() - started)
-    scores = heads * tokens**2 / threads
+            seconds[case].append(time.perf_counter() - started)
     return [
         {
             "attention": "float32" if formats is None else f"{formats.qk} x {formats.pv}",
             "tokens": tokens,
-            "ns_per_score": round(1e9 * min(times[1:]) / scores, 3),
-            "median_ns_per_score": round(1e9 * median(times[1:]) / scores, 3),
+            "keys": keys,
+            "hidden_keys": hidden,
+            "ns_per_score": round(1e9 * min(times[1:]) / (heads * tokens * keys / threads), 3),
+            "median_ns_per_score": round(1e9 * median(times[1:]) / (heads * tokens * keys / threads), 3),
         }
-        for formats, times in seconds.items()
+        for (formats, keys, hidden), times in seconds.items()
     ]
 
 

@@ -26,21 +26,24 @@ PARTS = {
     "QuantizedAttention": BYTE_ATTENTION,  # stock engines have its function body: float products, and the rest
     **dict.fromkeys(("TokenChain", "QuantizeLinear", "DequantizeLinear", "LayerNormalization", "Gelu"), BETWEEN),
 }
+BYTES = ("uint8", "int8")  # as the profiler calls the elements of codes and weights
 CALLS = 5
 SUFFIX = "_kernel_time"
 
 
 class PartRow(TypedDict):
-    """One part of a call. products: multiplications and additions of one call, 0 where they are not counted."""
+    """One part of a call. products: multiplications and additions of one call, 0 where they are not counted;
+    weight_bytes: what its GEMMs read of weights, each once."""
 
     part: str
     ms: float
     products: float
+    weight_bytes: int
 
 
 class Profile(TypedDict):
-    """Document of `bench --profile`. floor_ms: products over the machine's rates, with nothing else to do; None where a
-    rate is not known. rates: products per second."""
+    """Document of `bench --profile`. floor_ms: products and the weights' bytes over the machine's rates, with nothing
+    else to do; None where a rate is not known. rates: products and bytes per second."""
 
     threads: int
     call_ms: float
@@ -48,17 +51,19 @@ class Profile(TypedDict):
     variant: str
     byte_products_per_s: float
     float_products_per_s: float
+    memory_bytes_per_s: float
     parts: list[PartRow]
     machine: machine.Facts
 
 
 @dataclass(frozen=True)
 class Event:
-    """One run of one node. products: of a GEMM or an attention, 0 for others."""
+    """One run of one node. products: of a GEMM or an attention, 0 for others; weight_bytes: of a GEMM."""
 
     op_type: str
     ms: float
     products: float
+    weight_bytes: int
 
 
 def profile(folder: Path, inputs: Arrays, threads: int) -> Profile:
@@ -76,10 +81,7 @@ def profile(folder: Path, inputs: Arrays, threads: int) -> Profile:
         engine.close()
         calls = _calls(Path(sessions.step.end_profiling()))[1:]
     parts = [_part(part, calls) for part in (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)]
-    work = {row["part"]: row["products"] for row in parts}
-    known = rates.byte_products_per_s and rates.float_products_per_s
-    of_bytes = work[GEMM] + work[BYTE_ATTENTION]
-    floor = of_bytes / rates.byte_products_per_s + work[ATTENTION] / rates.float_products_per_s if known else None
+    floor = floor_s(calls[0], rates)
     return {
         "threads": threads,
         "call_ms": sum(row["ms"] for row in parts),
@@ -87,9 +89,27 @@ def profile(folder: Path, inputs: Arrays, threads: int) -> Profile:
         "variant": rates.variant,
         "byte_products_per_s": rates.byte_products_per_s,
         "float_products_per_s": rates.float_products_per_s,
+        "memory_bytes_per_s": rates.memory_bytes_per_s,
         "parts": parts,
         "machine": machine.facts(),
     }
+
+
+def floor_s(call: Sequence[Event], rates: limits.Limits) -> float | None:
+    """Seconds below which a call cannot come, None where a rate is not known: products at the machine's rates, one GEMM
+    or attention after the other; a GEMM takes at least as long as its weight is read from memory.
+
+    Weights that are together no more than what the memory's rate was measured with may stay in a cache from call to
+    call: they are not counted.
+    """
+    if not all((rates.byte_products_per_s, rates.float_products_per_s, rates.memory_bytes_per_s)):
+        return None
+    streamed = sum(event.weight_bytes for event in call) > limits.STREAM_BYTES
+    total = 0.0
+    for event in call:
+        rate = rates.float_products_per_s if PARTS.get(event.op_type) == ATTENTION else rates.byte_products_per_s
+        total += max(event.products / rate, streamed * event.weight_bytes / rates.memory_bytes_per_s)
+    return total
 
 
 def _calls(path: Path) -> list[list[Event]]:
@@ -114,12 +134,18 @@ class Arguments(TypedDict):
 
 
 def _event(node: Arguments, ms: float) -> Event:
-    inputs, outputs = (_shapes(node[key]) for key in ("input_type_shape", "output_type_shape"))
-    return Event(node["op_name"], ms, _products(node["op_name"], inputs, outputs[0] if outputs else []))
+    inputs, outputs = (_tensors(node[key]) for key in ("input_type_shape", "output_type_shape"))
+    shapes = [sizes for _, sizes in inputs]
+    products = _products(node["op_name"], shapes, outputs[0][1] if outputs else [])
+    return Event(node["op_name"], ms, products, _weight_bytes(node["op_name"], inputs))
 
 
-def _shapes(rows: Sequence[dict[str, list[int]]]) -> list[list[int]]:
-    return [sizes for row in rows for sizes in row.values()]
+def _tensors(rows: Sequence[dict[str, list[int]]]) -> list[tuple[str, list[int]]]:
+    return [tensor for row in rows for tensor in row.items()]
+
+
+def _limbs(op_type: str, inputs: list[list[int]]) -> int:
+    return 2 if op_type == "PackedGemm" and inputs[1] == inputs[0] else 1
 
 
 def _products(op_type: str, inputs: list[list[int]], output: list[int]) -> float:
@@ -128,8 +154,17 @@ def _products(op_type: str, inputs: list[list[int]], output: list[int]) -> float
         return 2.0 * math.prod(inputs[0]) * inputs[1][2]
     if PARTS.get(op_type) not in (GEMM, ATTENTION) or op_type == "Softmax":
         return 0.0
-    limbs = 2 if op_type == "PackedGemm" and inputs[1] == inputs[0] else 1
-    return float(limbs * math.prod(output) * inputs[0][-1])
+    return float(_limbs(op_type, inputs) * math.prod(output) * inputs[0][-1])
+
+
+def _weight_bytes(op_type: str, inputs: list[tuple[str, list[int]]]) -> int:
+    """Of a GEMM's weight, which comes after the codes: bytes, packed or not, with their multipliers.
+
+    onnxruntime says nothing of a weight that it has packed anew for itself."""
+    if PARTS.get(op_type) != GEMM:
+        return 0
+    behind = inputs[_limbs(op_type, [sizes for _, sizes in inputs]) :]
+    return sum(math.prod(sizes) for kind, sizes in behind if kind in BYTES and len(sizes) > 1)
 
 
 def _part(part: str, calls: Sequence[Sequence[Event]]) -> PartRow:
@@ -138,6 +173,7 @@ def _part(part: str, calls: Sequence[Sequence[Event]]) -> PartRow:
         "part": part,
         "ms": median(sum(event.ms for event in call) for call in chosen),
         "products": sum(event.products for event in chosen[0]),
+        "weight_bytes": sum(event.weight_bytes for event in chosen[0]),
     }
 
 
@@ -164,9 +200,10 @@ def conditions(document: Profile) -> str:
     bound = (
         "this processor's rates are not known"
         if floor is None
-        else f"{document['byte_products_per_s'] / 1e9:.0f} 10^9 products/s of bytes ({document['variant']}) and "
-        f"{document['float_products_per_s'] / 1e9:.0f} of float32 make the GEMMs and the attention at least "
-        f"{floor:.1f} ms: the call takes {document['call_ms'] / floor:.2f} times that"
+        else f"{document['byte_products_per_s'] / 1e9:.0f} 10^9 products/s of bytes ({document['variant']}), "
+        f"{document['float_products_per_s'] / 1e9:.0f} of float32 and {document['memory_bytes_per_s'] / 1e9:.1f} GB/s "
+        f"from memory make the GEMMs and the attention at least {floor:.1f} ms: the call takes "
+        f"{document['call_ms'] / floor:.2f} times that"
     )
     return (
         f"{document['call_ms']:.1f} ms a call, {document['threads']} threads on {document['machine']['cpu']}; {bound}."

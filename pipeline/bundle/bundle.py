@@ -76,7 +76,10 @@ class Bundle:
             problem = self.problem(name)
             if problem is None:
                 if target == "auto" and BACKENDS[name].slow:
-                    logger.warning("no faster target fits this machine: the portable model runs, many times slower")
+                    logger.warning(
+                        "no faster target fits this machine (%s): the portable model runs, many times slower",
+                        "; ".join(problems) or "the bundle has none",
+                    )
                 return name
             logger.info("target %s does not fit this machine: %s", name, problem)
             problems.append(problem)

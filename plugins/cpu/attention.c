@@ -125,6 +125,7 @@ void attention_block(
   lay_out(size, memory, &scratch);
   for (int64_t i = 0; i < count * size; i++) scratch.q[i] = q[i] * attention->scale;
   memset(scratch.sums, 0, (size_t)(count * wide) * sizeof(float));
+  /* Of no keys 0 / 1, as the standard ops that this stands for give it: their last product is a sum of nothing. */
   for (int64_t row = 0; row < count; row++) scratch.largest[row] = -INFINITY, scratch.total[row] = attention->keys == 0;
   for (int64_t key = 0; key < attention->keys; key += KEYS) {
     int64_t keys = attention->keys - key < KEYS ? attention->keys - key : KEYS, columns = filled(keys, use->lanes);

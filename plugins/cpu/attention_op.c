@@ -140,10 +140,7 @@ static Status *compute_quantized(void *data, KernelContext *context) {
   int64_t heads = attention->samples * attention->heads;
   if (!attention->out) return NULL;
   if (attention->keys > MOST_KEYS) return invalid(api, "QuantizedAttention: sums over more than 65793 keys are not exact");
-  if (!attention->keys) {
-    memset(attention->out, 0, (size_t)(heads * attention->queries * attention->size) * sizeof(float));
-    return NULL;
-  }
+  if (!attention->keys) return invalid(api, "QuantizedAttention: no keys, whose weights would add up to one");
   work.operands = take_scratch(heads * quantized_attention_head(&work.attention));
   if (!work.operands) return out_of_memory(api);
   Status *status = CALL(api, parallel_for)(context, prepare_head, (size_t)heads, 0, &work);

@@ -3,8 +3,9 @@ onnxruntime.
 
 Only what was compiled from the sources beside this file is ever loaded: what a wheel carries (packaged.py), else a file
 in the user's cache. That lies in a folder named by those sources and the machine's binary interface, and is named by
-its compiler; the folder and the file belong to the user, and nobody else may write them. A bundle holds no code: it
-names the version it was proven with.
+its compiler; the folder and the file belong to the user, and nobody else may write them; a record beside it says what
+was compiled, and another file than that is compiled again. A bundle holds no code: it names the version it was proven
+with.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ COMPILERS = ("clang",) if sys.platform == "win32" else ("cc", "gcc", "clang")
 TIMEOUT_S = 120
 COMPILER_REMEDY = "install a C compiler (Debian, Ubuntu: apt install gcc libc6-dev)"
 REMEDY = f"{COMPILER_REMEDY}, or build with --set cpu.path=stock"
+DAMAGE_REMEDY = "a C compiler makes it anew"
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 # Libraries that could be kept nowhere: compiled for this process, removed at its end.
 _UNCACHED: dict[str, tempfile.TemporaryDirectory[str]] = {}
@@ -210,6 +212,18 @@ def trusted(path: Path) -> bool:
     return True
 
 
+def kept(path: Path) -> bool:
+    """Is this library of the cache to be used? Only its user can have written it, and it is what was compiled.
+
+    It is not loaded here: the same compiler would make the same bytes again."""
+    if not trusted(path):
+        return False
+    damage = packaged.damage(path, version(), DAMAGE_REMEDY)
+    if damage is not None:
+        logger.warning("%s", damage)
+    return damage is None
+
+
 def path_of_library() -> Path:
     """The library's file: the package's own, else from the cache, or compiled now. Raises EnvironmentLacksError where
     none is possible."""
@@ -222,15 +236,15 @@ def path_of_library() -> Path:
     try:
         chosen = compiler()
     except EnvironmentLacksError as error:
-        kept = [path for path in sorted(folder.glob("*.so")) if trusted(path)]
-        if kept:
-            return kept[0]
+        path = next(filter(kept, sorted(folder.glob("*.so"))), None)
+        if path is not None:
+            return path
         remedy = f"{COMPILER_REMEDY}, or build the engine with --set cpu.path=stock"
         raise EnvironmentLacksError(
             f"{refused}; so cpu.path fused needs a C compiler to make it, and {folder} holds none; {remedy}"
         ) from error
     path = folder / f"{compiler_key(chosen)}.so"
-    return path if trusted(path) else _compiled(path)
+    return path if kept(path) else _compiled(path)
 
 
 def problem() -> str | None:
@@ -256,10 +270,10 @@ def _compiled(path: Path) -> Path:
         path.parent.parent.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:  # only the user may enter it
-            part = Path(folder) / NAME
-            build(part)
-            part.chmod(0o700)
-            os.replace(part, path)
+            packaged.add(Path(folder), version(), build)
+            (Path(folder) / packaged.NAME).chmod(0o700)
+            os.replace(Path(folder) / packaged.RECORD, path.with_suffix(".json"))
+            os.replace(Path(folder) / packaged.NAME, path)
         logger.info("compiled the kernel library into %s", path)
         if trusted(path):
             return path

@@ -1,7 +1,8 @@
 /* What this processor can do at best, measured: products of bytes by the instruction that PackedGemm's variant uses,
- * and fused multiply-adds of float32. */
+ * fused multiply-adds of float32, and bytes read from memory one after the other. */
 #include "limits.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -116,4 +117,28 @@ EXPORT double float_products_per_second(double seconds) {
   return 4 * turns * rate(floats_neon, seconds);
 #endif
   return 0;
+}
+
+VARIANTS uint64_t folded(const uint64_t *words, int64_t count) {
+  uint64_t all = 0;
+  for (int64_t i = 0; i < count; i++) all ^= words[i];
+  return all;
+}
+
+EXPORT double memory_bytes_per_second(double seconds, int64_t bytes) {
+  int64_t count = bytes / (int64_t)sizeof(uint64_t), turns = 0;
+  uint64_t *words = malloc((size_t)bytes);
+  volatile uint64_t read = 0;
+  if (!words) return 0;
+  for (int64_t i = 0; i < count; i++) words[i] = (uint64_t)i; /* pages that nobody wrote are all one page of zeros */
+  double started = now(), gone;
+  do {
+    __asm__ volatile("" : : "r"(words) : "memory"); /* may have changed, so it is read again */
+    read = folded(words, count);
+    turns++;
+    gone = now() - started;
+  } while (gone < seconds);
+  (void)read;
+  free(words);
+  return (double)(turns * count) * sizeof(uint64_t) / gone;
 }

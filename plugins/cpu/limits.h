@@ -2,7 +2,11 @@
 #ifndef FPQ_LIMITS_H
 #define FPQ_LIMITS_H
 
+#include <stdint.h>
+
 double byte_products_per_second(double seconds);
 double float_products_per_second(double seconds);
+/* Of reading so many bytes of its own, again and again; 0 where there is no memory for them. */
+double memory_bytes_per_second(double seconds, int64_t bytes);
 
 #endif

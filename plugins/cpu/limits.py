@@ -9,28 +9,38 @@ from dataclasses import dataclass
 from plugins.cpu import library
 
 SECONDS = 0.25  # of each measurement
+STREAM_BYTES = 256 << 20  # read from memory again and again, by all threads together: more than caches hold
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Products per second of all threads together: of bytes, with their sums, and of float32; 0 where unknown.
+    """What all threads together do at best; 0 where unknown.
 
-    variant: the instruction set whose byte products PackedGemm uses.
+    variant: the instruction set whose byte products PackedGemm uses. byte_products_per_s, float_products_per_s: of
+    products with their sums. memory_bytes_per_s: read from memory in order, STREAM_BYTES of it.
     """
 
     variant: str
     byte_products_per_s: float
     float_products_per_s: float
+    memory_bytes_per_s: float
 
 
 def measure(threads: int) -> Limits:
     """The limits of `threads` threads at once. Raises EnvironmentLacksError where there is no kernel library."""
     kernels = ctypes.CDLL(str(library.path_of_library()))
     kernels.packed_gemm_variant.restype = ctypes.c_char_p
+    seconds, stream = ctypes.c_double(SECONDS), ctypes.c_int64(STREAM_BYTES // threads)
+    loops: dict[str, tuple[ctypes.c_double | ctypes.c_int64, ...]] = {
+        "byte_products_per_second": (seconds,),
+        "float_products_per_second": (seconds,),
+        "memory_bytes_per_second": (seconds, stream),
+    }
     rates = []
-    for name in ("byte_products_per_second", "float_products_per_second"):
+    for name, arguments in loops.items():
         function = getattr(kernels, name)
-        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
+        function.restype = ctypes.c_double
         with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-            rates.append(sum(pool.map(function, [SECONDS] * threads)))
+            calls = [pool.submit(function, *arguments) for _ in range(threads)]
+        rates.append(sum(call.result() for call in calls))
     return Limits(kernels.packed_gemm_variant().decode(), *rates)

@@ -2,6 +2,7 @@
 
 It lies among this package's own files, which are trusted with code as they are. The record guards against what happens
 to files: a library of other sources, left from another release, and one that was damaged or changed after the build.
+One in the user's cache has such a record too.
 """
 
 from __future__ import annotations
@@ -52,22 +53,29 @@ def problem(folder: Path, version: str) -> str | None:
     path = folder / NAME
     if not path.exists():
         return ABSENT
-    fault = _fault(path, version)
+    fault = damage(path, version) or _load_fault(path)
     if fault is not None:
         logger.warning("%s", fault)
     return fault
 
 
-def _fault(path: Path, version: str) -> str | None:
+def damage(path: Path, version: str, remedy: str = REMEDY) -> str | None:
+    """Why the library `path` is not the one that was compiled from sources of this version, None if it is, to the byte:
+    the record beside it says so. `remedy` ends the text."""
+    record_path = path.with_suffix(".json")
     try:
-        record = read_json(path.with_name(RECORD), Record, Rules(EnvironmentLacksError, REMEDY))
-        digest = sha256(path, EnvironmentLacksError, REMEDY)
+        record = read_json(record_path, Record, Rules(EnvironmentLacksError, remedy))
+        digest = sha256(path, EnvironmentLacksError, remedy)
     except EnvironmentLacksError as error:
         return f"{path} is not used: {error}"
     if record.version != version:
-        return f"{path} is of version {record.version}, the sources beside it of {version}; {REMEDY}"
+        return f"{path} is of version {record.version}, its sources of {version}; {remedy}"
     if record.sha256 != digest:
-        return f"{path} is damaged: its sha256 is {digest}, {RECORD} says {record.sha256}; {REMEDY}"
+        return f"{path} is damaged: its sha256 is {digest}, {record_path.name} says {record.sha256}; {remedy}"
+    return None
+
+
+def _load_fault(path: Path) -> str | None:
     try:
         ctypes.CDLL(str(path))
     except OSError as error:  # of another system or processor, or in a place where code may not run

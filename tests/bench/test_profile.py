@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from pipeline.backends.cpu import CpuBackend, CpuOptions
 from pipeline.bench import profile
 from pipeline.recipe import Recipe
 from plugins.cpu import library, limits
+from tests.kernels.test_native_packed_gemm import VARIANTS
 from tests.support import native
 from tests.support.portable import activations, portable, random_linear
 
@@ -34,11 +36,12 @@ DOCUMENT = {
     "variant": "avx2",
     "byte_products_per_s": 4e11,
     "float_products_per_s": 1e11,
+    "memory_bytes_per_s": 2.04e10,
     "parts": [
-        {"part": profile.GEMM, "ms": 6.0, "products": 1.2e9},
-        {"part": profile.ATTENTION, "ms": 3.0, "products": 0.2e9},
-        {"part": profile.BETWEEN, "ms": 1.0, "products": 0.0},
-        {"part": profile.REST, "ms": 0.0, "products": 0.0},
+        {"part": profile.GEMM, "ms": 6.0, "products": 1.2e9, "weight_bytes": 100},
+        {"part": profile.ATTENTION, "ms": 3.0, "products": 0.2e9, "weight_bytes": 0},
+        {"part": profile.BETWEEN, "ms": 1.0, "products": 0.0, "weight_bytes": 0},
+        {"part": profile.REST, "ms": 0.0, "products": 0.0, "weight_bytes": 0},
     ],
     "machine": {"cpu": "a processor"},
 }
@@ -60,6 +63,8 @@ def test_products_are_those_of_the_graph(path, tmp_path):
     by_part = {row["part"]: row for row in document["parts"]}
     assert by_part[profile.GEMM]["products"] == batch * 12 * 64 * 64
     assert by_part[profile.ATTENTION]["products"] == batch * 4 * 2 * 12 * 12 * 16
+    # Of 4 bits with a multiplier for each group; stock ops have a byte each, which onnxruntime may have packed anew.
+    assert by_part[profile.GEMM]["weight_bytes"] in ({"fused": (64 * 64 // 2,), "stock": (0, 64 * 64)}[path])
     assert document["call_ms"] == pytest.approx(sum(row["ms"] for row in document["parts"])) and document["call_ms"] > 0
     if document["floor_ms"] is not None:
         assert 0 < document["floor_ms"] < document["call_ms"]
@@ -70,8 +75,21 @@ def test_products_are_those_of_the_graph(path, tmp_path):
 def test_rates_are_those_of_the_variant_that_is_used():
     native.need_compiler()
     rates = limits.measure(1)
-    assert rates.variant in ("avx512_vnni", "avx_vnni", "avx2", "dotprod", "plain")
+    assert rates.variant in VARIANTS
     assert (rates.byte_products_per_s > 0) == (rates.variant != "plain")
+    assert rates.memory_bytes_per_s > 0
+
+
+def test_a_gemm_takes_as_long_as_its_weight_comes_from_memory():
+    rates = limits.Limits("avx2", byte_products_per_s=1e9, float_products_per_s=5e8, memory_bytes_per_s=2e8)
+    few_rows = profile.Event("PackedGemm", 9.0, products=1e8, weight_bytes=300 << 20)
+    many_rows = profile.Event("MatMulInteger", 9.0, products=4e9, weight_bytes=100 << 20)
+    attention, other = profile.Event("Attention", 9.0, 1e9, 0), profile.Event("Neg", 9.0, 0.0, 0)
+    call = [few_rows, many_rows, attention, other]
+    assert profile.floor_s(call, rates) == pytest.approx((300 << 20) / 2e8 + 4 + 2)
+    in_a_cache = [profile.Event("PackedGemm", 9.0, products=1e8, weight_bytes=limits.STREAM_BYTES)]
+    assert profile.floor_s(in_a_cache, rates) == pytest.approx(0.1)
+    assert profile.floor_s(call, replace(rates, memory_bytes_per_s=0.0)) is None
 
 
 def test_the_table_says_shares_of_the_time_and_of_the_machine():
@@ -79,7 +97,8 @@ def test_the_table_says_shares_of_the_time_and_of_the_machine():
     assert rows[0] == [profile.GEMM, "6.0", "60%", "200", "50%"]
     assert rows[1] == [profile.ATTENTION, "3.0", "30%", "67", "67%"]
     assert rows[2][3:] == ["-", "-"] and len(header) == len(rows[0])
-    assert "at least 5.0 ms: the call takes 2.00 times that" in profile.conditions(DOCUMENT)
+    words = profile.conditions(DOCUMENT)
+    assert "20.4 GB/s from memory" in words and "at least 5.0 ms: the call takes 2.00 times that" in words
 
 
 def test_products_of_quantized_attention_are_bytes():
@@ -87,7 +106,7 @@ def test_products_of_quantized_attention_are_bytes():
     shapes = [[2, 4, 12, 16], [2, 4, 20, 16], [2, 4, 20, 16], [1, 1, 1, 1]]
     assert profile.PARTS["QuantizedAttention"] == profile.BYTE_ATTENTION
     assert profile._products("QuantizedAttention", shapes, shapes[0]) == 2 * 2 * 4 * 12 * 20 * 16
-    row = {"part": profile.BYTE_ATTENTION, "ms": 2.0, "products": 0.4e9}
+    row = {"part": profile.BYTE_ATTENTION, "ms": 2.0, "products": 0.4e9, "weight_bytes": 0}
     assert profile.summary(DOCUMENT | {"parts": [row]})[1] == [[profile.BYTE_ATTENTION, "2.0", "20%", "200", "50%"]]
 
 
@@ -98,14 +117,17 @@ def test_rates_that_are_not_known_give_no_floor():
 
 
 def test_rates_of_all_threads_are_added(monkeypatch):
+    streams = []
     kernels = SimpleNamespace(
         packed_gemm_variant=lambda: b"avx2",
         byte_products_per_second=lambda seconds: 3.0,
         float_products_per_second=lambda seconds: 2.0,
+        memory_bytes_per_second=lambda seconds, size: streams.append(size.value) or 1.0,
     )
     monkeypatch.setattr(limits.ctypes, "CDLL", lambda path: kernels)
     monkeypatch.setattr(limits.library, "path_of_library", lambda: "kernels.so")
-    assert limits.measure(3) == limits.Limits("avx2", 9.0, 6.0)
+    assert limits.measure(3) == limits.Limits("avx2", 9.0, 6.0, 3.0)
+    assert streams == [limits.STREAM_BYTES // 3] * 3, "together no more than that"
 
 
 @pytest.mark.kernels

@@ -1,5 +1,6 @@
 """Every contestant at a small size: ours are exact, and each row says what it measured."""
 
+import numpy as np
 import pytest
 
 from benchmarks import gemm_cpu
@@ -20,5 +21,21 @@ def test_our_sums_are_exact_and_every_contestant_has_a_row():
 def test_attention_of_each_kind_has_a_row():
     native.need_compiler()
     rows = gemm_cpu.measure_attention(20, heads=2, rounds=2, threads=1)
-    assert [row["attention"] for row in rows] == ["float32", "E2M3 x E2M3", "INT8 x INT8"]
+    kinds = ["float32", "E2M3 x E2M3", "INT8 x INT8"]
+    assert [row["attention"] for row in rows] == 3 * kinds
+    caption = gemm_cpu.CAPTION_TOKENS
+    padding = caption - gemm_cpu.CAPTION_WORDS
+    reaches = [(20, 0)] * 3 + [(caption, 0)] * 3 + [(caption, padding)] * 3
+    assert [(row["keys"], row["hidden_keys"]) for row in rows] == reaches and 0 < padding < caption
     assert all(row["median_ns_per_score"] >= row["ns_per_score"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("formats", gemm_cpu.ATTENTIONS, ids=str)
+def test_hidden_keys_of_a_caption_count_for_nothing(formats):
+    """What is measured with a mask is the attention to the keys that it leaves."""
+    native.need_compiler()
+    run = gemm_cpu.attention(formats, tokens=9, keys=20, hidden=15, heads=2, threads=1)
+    session, feeds = run.func, dict(run.args[0])
+    whole = session(feeds)
+    feeds["v"] = np.concatenate([feeds["v"][:, :, :5], -feeds["v"][:, :, 5:]], axis=2)
+    np.testing.assert_array_equal(session(feeds), whole)

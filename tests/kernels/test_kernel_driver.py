@@ -1,6 +1,6 @@
 """The kernels without onnxruntime: under the address and undefined-behaviour sanitizers, with the instructions of
-AVX-VNNI and AVX-512 VNNI made of others and those of AMX done by a handler, and on 64-bit Arm in an emulator. Integers
-are equal to the bit, and attention is within its bound."""
+AVX-VNNI and AVX-512 made of others and those of AMX done by a handler, and on 64-bit Arm in an emulator. Integers are
+equal to the bit, and floats within their bounds."""
 
 import functools
 import os
@@ -11,32 +11,38 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from export.dialect.ops import ABSMAX_FLOOR
-from export.formats.format import get_format
+from export.dialect.reference import quantize_activation
+from export.formats.format import get_format, to_integers
 from export.formats.operands import largest_code
 from pipeline.backends.cpu.finish_with_chain import grid_numbers
 from pipeline.backends.cpu.half_gemm import half_panels
 from pipeline.backends.cpu.packed_gemm import multiplier_panels, packs, weight_panels, weight_sums
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, check_attention
 from plugins.cpu import library
+from tests.backends.cpu.test_cpu_quantizers import image_and_scale, on_the_grid
 from tests.kernels import test_native_half_gemm as half
 from tests.kernels.test_native_attention import reference, tensors
 from tests.kernels.test_native_epilogue import EPILOGUES
-from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, expected, linear, operands
+from tests.kernels.test_native_packed_gemm import LAYERS, SHAPES, VARIANTS, expected, linear, operands
 from tests.support import native, sanitized
 from tests.support.attentions import operands as operands_of_attention
+from tests.support.portable import activations
 
 pytestmark = pytest.mark.kernels
 
 KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
-# What stands in for packed_gemm.c and those of its variants whose instructions it makes of others.
-EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c")
+# Sources whose instructions other ones are made of, and what stands in for them.
+EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "attention.c", "half_gemm.c")
+EMULATIONS = ("emulated_x86.c", "emulated_attention.c", "emulated_half_gemm.c")
 STRICT = sanitized.FLAGS
+EPSILON = 1e-6  # of a norm
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = tempfile.TemporaryDirectory(prefix="ditc-test-")
 
@@ -53,21 +59,29 @@ def driver(name: str, compiler: str, flags: tuple[str, ...], sources: tuple[Path
     return str(path)
 
 
+class Machine(NamedTuple):
+    """The command that starts the driver, and variants of PackedGemm. all_run: an emulator runs each of them, where a
+    processor lacks some."""
+
+    command: list[str]
+    variants: tuple[str, ...]
+    all_run: bool
+
+
 @pytest.fixture(params=["sanitizers", "emulated x86", "emulated x86, sanitizers", "arm", "arm, sanitizers"])
 def machine(request):
-    """(command that starts the driver, names of the variants that it has)."""
     strict = STRICT if "sanitizers" in request.param else ("-O3",)
     if request.param == "sanitizers":
         native.need_compiler()
-        command = [driver("strict", library.compiler(), STRICT, KERNELS)]
-        return command, ("plain", "avx2", "avx_vnni", "avx512_vnni", "amx_int8", "dotprod", "i8mm")
+        return Machine([driver("strict", library.compiler(), STRICT, KERNELS)], VARIANTS, all_run=False)
     if "x86" in request.param:
         native.need_compiler()
         if platform.machine() != "x86_64" or sys.platform != "linux":
             pytest.skip(f"the emulation is of x86-64 on Linux, this is {platform.machine()} on {sys.platform}")
         rest = tuple(path for path in KERNELS if path.name not in EMULATED)
-        sources = (SUPPORT / "emulated_x86.c", *rest)
-        return [driver(request.param, library.compiler(), strict, sources)], ("avx_vnni", "avx512_vnni", "amx_int8")
+        sources = (*(SUPPORT / name for name in EMULATIONS), *rest)
+        command = [driver(request.param, library.compiler(), strict, sources)]
+        return Machine(command, ("avx_vnni", "avx512_vnni", "amx_int8"), all_run=True)
     missing = [tool for tool in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(
@@ -76,11 +90,8 @@ def machine(request):
     if strict is STRICT:  # the address sanitizer's shadow memory does not fit the emulator's
         strict = ("-O1", "-g", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
     flags = (*strict, "-static")
-    return [ARM_EMULATOR, "-cpu", "max", driver(request.param, ARM_COMPILER, flags, KERNELS)], (
-        "plain",
-        "dotprod",
-        "i8mm",
-    )
+    command = [ARM_EMULATOR, "-cpu", "max", driver(request.param, ARM_COMPILER, flags, KERNELS)]
+    return Machine(command, ("plain", "dotprod", "i8mm"), all_run=True)
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
@@ -109,6 +120,14 @@ def run(command, numbers, arrays, *arguments):
     return np.frombuffer(done.stdout, np.float32)
 
 
+def run_variants(machine, numbers, arrays, mode):
+    """Results of the variants that the machine has: all of them, where it is an emulator."""
+    results = {name: run(machine.command, numbers, arrays, mode, name) for name in machine.variants}
+    absent = [name for name, result in results.items() if result is None]
+    assert len(absent) < len(results) and not (machine.all_run and absent), f"{absent} did not run"
+    return [result for result in results.values() if result is not None]
+
+
 def packed_gemm(gemm, operand, codes, scales):
     """(numbers, arrays) of the driver."""
     packed = packs(gemm)
@@ -124,22 +143,16 @@ def packed_gemm(gemm, operand, codes, scales):
 
 @pytest.mark.parametrize("layer, shape", list(zip(LAYERS, SHAPES * 4, strict=False)), ids=str)
 def test_products_are_exact(machine, layer, shape):
-    command, variants = machine
     m, n, k = shape
     gemm = linear(*layer, n, k)
     operand, codes, scales = operands(gemm, m)
-    results = [run(command, *packed_gemm(gemm, operand, codes, scales), "packed_gemm", name) for name in variants]
-    assert any(result is not None for result in results)
-    assert "plain" in variants or all(result is not None for result in results), "all that is emulated runs"
-    for result in results:
-        if result is not None:
-            np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes, scales))
+    for result in run_variants(machine, *packed_gemm(gemm, operand, codes, scales), "packed_gemm"):
+        np.testing.assert_array_equal(result.reshape(m, n), expected(gemm, operand, codes, scales))
 
 
 @pytest.mark.parametrize("stages", EPILOGUES, ids=str)
 @pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[6], LAYERS[18]], ids=str)
 def test_an_epilogue_gives_the_bits_of_a_chain(machine, layer, stages):
-    command, variants = machine
     samples, tokens, n = stages.samples, stages.tokens, stages.n
     gemm = linear(*layer, n, 64)
     operand, codes, scales = operands(gemm, samples * tokens)
@@ -148,17 +161,75 @@ def test_an_epilogue_gives_the_bits_of_a_chain(machine, layer, stages):
     both = "GATE" in given
     more = np.array([tokens, tokens if both else 1, stages.heads, stages.gelu, both], np.int64)
     arrays += [more, *(given[port] for port in ("TOKEN_SCALE", "BIAS", "GATE", "RESIDUAL") if port in given)]
-    results = [run(command, numbers, arrays, "epilogue", name) for name in variants]
-    assert any(result is not None for result in results)
-    for result in results:
-        if result is not None:
-            linear_, y, *of_chain = result.reshape(4, -1)
-            for fused, unfused in zip((linear_, y), of_chain, strict=True):
-                np.testing.assert_array_equal(fused, unfused)
-            product = expected(gemm, operand, codes, scales)
-            with np.errstate(invalid="ignore"):
-                scaled = product * given["TOKEN_SCALE"].reshape(-1, 1) + given["BIAS"]
-            np.testing.assert_array_equal(linear_.reshape(-1, n), scaled)
+    for result in run_variants(machine, numbers, arrays, "epilogue"):
+        linear_, y, *of_chain = result.reshape(4, -1)
+        for fused, unfused in zip((linear_, y), of_chain, strict=True):
+            np.testing.assert_array_equal(fused, unfused)
+        product = expected(gemm, operand, codes, scales)
+        with np.errstate(invalid="ignore"):
+            scaled = product * given["TOKEN_SCALE"].reshape(-1, 1) + given["BIAS"]
+        np.testing.assert_array_equal(linear_.reshape(-1, n), scaled)
+
+
+def chain_of_rows(machine, x, fmt, limbs, norm=()):
+    """(what was quantized, scales, integers) of rows x [rows, n] by TokenChain. norm: rows of scale and of shift."""
+    attributes = native.quantizer(fmt, limbs)
+    zero, base = attributes["zero"], attributes.get("limb_base", 0)
+    names = ("max_value", "kmax", "rounding_factor")
+    options = np.array([EPSILON, ABSMAX_FLOOR, *(attributes[name] for name in names)], np.float32)
+    numbers = [*x.shape, zero, base, len(x) // len(norm[0]) if norm else 0]
+    result = run(machine.command, numbers, [options, x, *norm], "token_chain")
+    quantized, scale, *codes = np.split(result, np.cumsum([x.size, len(x), x.size])[: 2 + (limbs == 2)])
+    integers = [part.astype(np.int64).reshape(x.shape) - zero for part in codes]
+    return quantized.reshape(x.shape), scale[:, None], integers[0] if limbs == 1 else base * integers[0] + integers[1]
+
+
+@pytest.mark.parametrize("fmt, limbs", [("E2M1", 1), ("E2M3", 1), ("INT8", 1), ("E2M3", 2), ("E3M4", 2)])
+def test_codes_are_those_of_the_dialect_and_of_the_stock_ops(machine, fmt, limbs):
+    """All values, midpoints and their neighbours; then rows of 391 numbers, of zeros, with outliers, NaN and Inf."""
+    x = on_the_grid(fmt)[0]
+    _, scale, integers = chain_of_rows(machine, x, fmt, limbs)
+    codes, expected_scale = quantize_activation(x, format=fmt)
+    np.testing.assert_array_equal(integers, to_integers(get_format(fmt), codes))
+    np.testing.assert_array_equal(scale, expected_scale)
+    x = activations(np.random.default_rng(3), tokens=12, k=391).reshape(-1, 391)
+    _, scale, integers = chain_of_rows(machine, x, fmt, limbs)
+    stock, stock_scale = image_and_scale(fmt, x[None], limbs)
+    np.testing.assert_array_equal(integers, stock[0])
+    np.testing.assert_array_equal(scale, stock_scale[0])
+    x[[2, 5, 7], [0, 390, 16]] = np.nan, np.inf, -np.inf
+    _, damaged_scale, damaged = chain_of_rows(machine, x, fmt, limbs)
+    sick = np.isin(np.arange(len(x)), (2, 5, 7))
+    assert np.isnan(damaged_scale[sick]).all() and not damaged[sick].any()
+    np.testing.assert_array_equal(damaged[~sick], integers[~sick])
+    np.testing.assert_array_equal(damaged_scale[~sick], scale[~sick])
+
+
+@pytest.mark.parametrize("n", [1, 15, 64, 391])
+def test_a_norm_has_the_same_bits_everywhere(machine, n):
+    """Those of float32 sums in 16 parts, whatever the width of vectors."""
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((6, n)).astype(np.float32) * 3 + 1
+    scale, shift = (rng.standard_normal((2, n)).astype(np.float32) for _ in range(2))
+    mean = in_parts(x) / np.float32(n)
+    off = x - mean
+    inverse = np.float32(1) / np.sqrt(in_parts(off * off) / np.float32(n) + np.float32(EPSILON))
+    expected = (off * inverse) * scale.repeat(3, axis=0) + shift.repeat(3, axis=0)
+    quantized, _, integers = chain_of_rows(machine, x, "INT8", 1, (scale, shift))
+    np.testing.assert_array_equal(quantized, expected)
+    np.testing.assert_array_equal(integers, image_and_scale("INT8", expected[None], 1)[0][0])
+
+
+def in_parts(x):
+    """Sums of rows [rows, 1] float32: number i is added to part i modulo 16, then the parts in turn."""
+    parts = np.zeros((len(x), 16), np.float32)
+    for first in range(0, x.shape[1], 16):
+        piece = x[:, first : first + 16]
+        parts[:, : piece.shape[1]] += piece
+    total = np.zeros(len(x), np.float32)
+    for part in parts.T:
+        total += part
+    return total[:, None]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +243,7 @@ def test_attention_is_within_its_bound(machine, shape, axes):
         mask = np.where(np.random.default_rng(2).random(sizes) < 0.3, -10000, 0).astype(np.float32)
         step = [0 if size == 1 else stride // 4 for size, stride in zip(sizes, mask.strides, strict=True)]
     result = run(
-        machine[0], [*shape, *step], [np.float32(0.125), q, k, v, *([] if mask is None else [mask])], "attention"
+        machine.command, [*shape, *step], [np.float32(0.125), q, k, v, *([] if mask is None else [mask])], "attention"
     )
     answer, bound = reference(q, k, v, mask)
     assert (np.abs(result.reshape(q.shape) - answer) <= bound).all()
@@ -181,7 +252,6 @@ def test_attention_is_within_its_bound(machine, shape, axes):
 @pytest.mark.parametrize("shape", [(1, 2, 7, 5, 72), (1, 1, 30, 1100, 33), (2, 1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("formats", [("INT8", "INT8"), ("E2M3", "INT6"), ("INT8", "E2M3")], ids=str)
 def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
-    command, variants = machine
     given = operands_of_attention(*shape, mask="penalty")
     step = [0 if size == 1 else stride // 4 for size, stride in zip(given.mask.shape, given.mask.strides, strict=True)]
     rows = [list(grid_numbers(get_format(name)).values()) for name in formats]
@@ -190,12 +260,9 @@ def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
     arrays += [given.mask] if given.mask.size > 1 else []
     if given.mask.size == 1:
         given = given._replace(mask=np.zeros_like(given.mask))
-    results = [run(command, [], [grids, *arrays], "quantized_attention", name) for name in variants]
-    assert any(result is not None for result in results)
-    for result in results:
-        if result is not None:
-            probe = AttentionProbe(*given, result.reshape(given.q.shape))
-            assert check_attention(probe, AttentionNumbers(*formats, 0.125)).output_error <= 1
+    for result in run_variants(machine, [], [grids, *arrays], "quantized_attention"):
+        probe = AttentionProbe(*given, result.reshape(given.q.shape))
+        assert check_attention(probe, AttentionNumbers(*formats, 0.125)).output_error <= 1
 
 
 @pytest.mark.slow
@@ -222,6 +289,6 @@ def test_products_with_float16_weights_are_within_their_bound(machine, shape):
     x, weight, bias = half.tensors(*shape)
     weight.reshape(-1)[0] = 2.0**-24  # the least there is
     panels = half_panels(ir.tensor(weight, name="w"), by_output=True)
-    result = run(machine[0], [rows, n, k], [x, panels, bias], "half_gemm")
+    result = run(machine.command, [rows, n, k], [x, panels, bias], "half_gemm")
     answer, bound = half.reference(x, weight, bias)
     assert (np.abs(result.reshape(rows, n) - answer) <= bound).all()

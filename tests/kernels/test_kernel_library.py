@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_it_is_made_once_whole_and_for_the_user_alone(builds: list[Path], cache:
     path = library.path_of_library()
     assert path.parent == cache and cache.is_relative_to(tmp_path / "cache" / "ditc" / "native")
     assert library.path_of_library() == path and len(builds) == 1
-    assert builds[0] != path and list(cache.iterdir()) == [path], "written apart, then renamed"
+    assert builds[0] != path, "written apart, then renamed"
+    assert set(cache.iterdir()) == {path, path.with_suffix(".json")}
     assert cache.stat().st_mode & 0o777 == 0o700 and not path.stat().st_mode & 0o022
 
 
@@ -170,6 +172,54 @@ def test_what_others_may_have_written_is_not_loaded(
             library.path_of_library()
 
 
+def test_every_changed_byte_is_made_anew(
+    builds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = library.path_of_library()
+    whole = path.read_bytes()
+    damaged = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))] + [whole[:-1], b""]
+    for data in damaged:
+        path.write_bytes(data)
+        caplog.clear()
+        assert library.path_of_library() == path and path.read_bytes() == whole
+        assert f"{path} is damaged: its sha256 is" in caplog.text and "a C compiler makes it anew" in caplog.text
+    assert len(builds) == 1 + len(damaged)
+    path.write_bytes(damaged[0])
+    without_compiler(monkeypatch)
+    with pytest.raises(EnvironmentLacksError, match="holds none"):
+        library.path_of_library()
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (None, "is missing"),
+        ("", "is not valid JSON"),
+        ('{"version": "0123456789abcdef", "sha256": "00"}', "is of version 0123456789abcdef"),
+    ],
+)
+def test_without_a_true_record_it_is_made_anew(
+    record: str | None, words: str, builds: list[Path], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = library.path_of_library()
+    path.with_suffix(".json").unlink()
+    if record is not None:
+        path.with_suffix(".json").write_text(record)
+    assert library.path_of_library() == path and len(builds) == 2 and words in caplog.text
+    assert library.path_of_library() == path and len(builds) == 2, "with a record again"
+
+
+def test_one_that_did_not_load_is_made_anew_and_auto_is_fused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what is left where a disk ran full."""
+    native.need_compiler()
+    monkeypatch.setattr(library, "build", lambda path, *_: shutil.copy(native.folder() / library.NAME, path))
+    path = library.path_of_library()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert library.problem() is None
+    recipe = Recipe(name="test", model="none")
+    assert CpuBackend().options(CpuBackend().settled(recipe)).path == "fused"
+
+
 def test_of_another_user(builds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = library.path_of_library()
     owner = os.getuid()
@@ -202,8 +252,10 @@ def test_a_compiler_that_does_not_run_is_told_and_auto_is_stock(
 
 
 def test_a_library_that_does_not_load_makes_auto_stock(builds: list[Path], cache: Path) -> None:
-    """As where code may not run from the cache's file system, or the compiler makes no library."""
+    """As where code may not run from the cache's file system, or the compiler makes no library: it would make the same
+    again, so it is not asked."""
     assert "does not load here" in (library.problem() or "")
+    assert "does not load here" in (library.problem() or "") and len(builds) == 1
     recipe = Recipe(name="test", model="none")
     assert CpuBackend().options(CpuBackend().settled(recipe)).path == "stock"
 
@@ -242,7 +294,7 @@ def test_the_true_library_is_made_and_loads(cache: Path) -> None:
     native.need_compiler()
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     library.register(ort.SessionOptions())
-    (path,) = cache.iterdir()
+    (path,) = cache.glob("*.so")
     assert hasattr(ctypes.CDLL(str(path)), "RegisterCustomOps")
 
 

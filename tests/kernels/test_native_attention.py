@@ -111,6 +111,20 @@ def test_queries_that_meet_nan_or_no_key_are_nan_and_the_others_whole():
     assert (np.abs(result - expected) <= bound)[0, 0, ~sick].all()
 
 
+@pytest.mark.parametrize("port", ["q", "k", "v"])
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_goes_where_it_goes_in_float64(port, damage):
+    """A key's score of -Inf hides it, +Inf makes a query NaN; in v it stays in its channel; other heads are whole."""
+    tensors_of = dict(zip("qkv", tensors((1, 2, 8, 140, 16)), strict=True))
+    tensors_of[port][0, 1, 3, 5] = damage
+    with np.errstate(invalid="ignore"):
+        expected, bound = reference(**tensors_of)
+    result, finite = attend(**tensors_of), np.isfinite(expected)
+    assert finite[0, 0].all() and not finite[0, 1].all()
+    np.testing.assert_array_equal(result[~finite], expected[~finite])
+    assert (np.abs(result[finite] - expected[finite]) <= bound[finite]).all()
+
+
 def test_nothing_denormal_is_left_of_masked_scores():
     """A weight is 0 where its score is more than 87 below the largest: there exp is denormal."""
     q, k = np.ones((1, 1, 1, 1), np.float32), np.array([0.0, -86.9, -88.0], np.float32).reshape(1, 1, 3, 1)

@@ -76,6 +76,20 @@ def test_a_damaged_row_stays_alone():
     np.testing.assert_array_equal(np.delete(damaged, 4, 0), np.delete(clean, 4, 0))
 
 
+@pytest.mark.parametrize("damage", [(np.inf,), (-np.inf,), (np.inf, -np.inf)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_infinity_is_what_float64_makes_of_it(damage, rows):
+    """Of either sign by the weight's, NaN where both meet, and in its row alone."""
+    x, weight, bias = tensors(rows, 64, 20)
+    x[rows // 2, [3, 40][: len(damage)]] = damage
+    with np.errstate(invalid="ignore"):
+        expected, bound = reference(x, weight, bias)
+    result, finite = product(x, weight, bias), np.isfinite(expected)
+    assert finite.all(axis=1).sum() == rows - 1
+    np.testing.assert_array_equal(result[~finite], expected[~finite])
+    assert (np.abs(result[finite] - expected[finite]) <= bound[finite]).all()
+
+
 @pytest.mark.parametrize(
     ("feeds", "reason"),
     [

@@ -6,6 +6,7 @@ import pytest
 
 from export.dialect.graph import in_order, new_node
 from export.dialect.ops import DOMAIN, OPS, attributes
+from export.errors import ContractError
 from export.formats.attention import AttentionFormats
 from pipeline.backends.cpu.finish_with_chain import UseQuantizedAttention
 from pipeline.backends.cpu.token_chain import VERSION
@@ -112,6 +113,16 @@ def test_a_row_of_zeros_and_equal_scores():
     tensors, formats = operands(1, 1, 6, 30, 8), AttentionFormats("INT8", "INT8")
     tensors.q[0, 0, 2] = 0
     assert off(tensors, formats) <= 1
+
+
+def test_an_attention_without_keys_is_refused_as_the_dialect_does():
+    tensors, formats = operands(1, 2, 3, 4, 8), AttentionFormats("INT8", "INT8")
+    none = tensors._replace(k=tensors.k[:, :, :0], v=tensors.v[:, :, :0], mask=np.zeros((1, 1, 1, 1), np.float32))
+    with pytest.raises(ContractError, match="over 0 keys"):
+        reference(none, formats)
+    with pytest.raises(Exception, match="QuantizedAttention: no keys") as caught:
+        attend(none, formats)
+    assert type(caught.value).__module__.startswith("onnxruntime")
 
 
 @pytest.mark.parametrize("kmax", [0.0, 128.0, np.nan])

@@ -14,6 +14,8 @@ import pytest
 
 from plugins.cpu import library
 from tests.kernels import test_kernel_driver
+from tests.kernels.test_native_epilogue import EPILOGUES
+from tests.kernels.test_native_packed_gemm import LAYERS
 
 pytestmark = pytest.mark.kernels
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -72,12 +74,22 @@ def test_windows(dll: Path) -> None:
 
 @pytest.mark.slow
 def test_the_kernels_run_on_windows(dll: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As wine gives it: the driver calls what the library exports; integers are equal to the bit."""
+    """As wine gives it: the driver calls what the library exports. The tests are those of the other machines."""
     need(WINE)
     command = ["clang", *library.WINDOWS_FLAGS, *libgcc(), f"-I{library.FOLDER}", str(SUPPORT / "kernel_driver.c")]
     subprocess.run([*command, str(dll), "-o", str(dll.with_name("driver.exe"))], check=True, timeout=120)
     monkeypatch.setenv("WINEPREFIX", str(tmp_path / "wine"))
     monkeypatch.setenv("WINEDEBUG", "-all")
     wine = str(shutil.which(WINE, path=f"{os.environ['PATH']}:/usr/lib/wine"))
-    machine = [wine, str(dll.with_name("driver.exe"))], ("plain", "avx2", "avx512_vnni")
-    test_kernel_driver.test_products_are_exact(machine, ("E2M1", "E3M4", "exact_group", 8, 0), (13, 33, 1096))
+    command = [wine, str(dll.with_name("driver.exe"))]
+    machine = test_kernel_driver.Machine(command, ("plain", "avx2", "avx512_vnni"), all_run=False)
+    tests = test_kernel_driver
+    tests.test_products_are_exact(machine, ("E2M1", "E3M4", "exact_group", 8, 0), (13, 33, 1096))
+    for stages in EPILOGUES:
+        tests.test_an_epilogue_gives_the_bits_of_a_chain(machine, LAYERS[1], stages)
+    tests.test_codes_are_those_of_the_dialect_and_of_the_stock_ops(machine, "E2M3", 1)
+    tests.test_codes_are_those_of_the_dialect_and_of_the_stock_ops(machine, "E3M4", 2)
+    tests.test_a_norm_has_the_same_bits_everywhere(machine, 391)
+    tests.test_attention_is_within_its_bound(machine, (2, 1, 271, 129, 33), (0, 3))
+    tests.test_attention_of_codes_is_within_its_bound(machine, (1, 1, 30, 1100, 33), ("E2M3", "INT6"))
+    tests.test_products_with_float16_weights_are_within_their_bound(machine, (97, 40, 17))

@@ -57,7 +57,7 @@ def test_what_does_not_load_is_refused_by_name_once(folder: Path, caplog: pytest
 
 def test_one_of_other_sources_is_refused(folder: Path) -> None:
     text = problem(folder, "fedcba9876543210")
-    assert text is not None and f"is of version {VERSION}, the sources beside it of fedcba9876543210" in text
+    assert text is not None and f"is of version {VERSION}, its sources of fedcba9876543210" in text
 
 
 def test_every_changed_byte_is_refused(folder: Path) -> None:

@@ -174,12 +174,41 @@ static int half_gemm(void) {
   return 0;
 }
 
-/* packed_gemm VARIANT, epilogue VARIANT, quantized_attention VARIANT, half_gemm or attention. */
+static void write_codes(const uint8_t *codes, int64_t count) {
+  float *values = floats(count);
+  for (int64_t i = 0; i < count; i++) values[i] = codes[i];
+  write_floats(values, count);
+}
+
+/* Norm, where its rows are given, and quantizer: what is quantized, scales, codes and, of two limbs, low codes. */
+static int token_chain(void) {
+  int64_t *number = read_bytes(5 * sizeof *number), rows = number[0], n = number[1];
+  TokenChain chain = {.n = n, .tokens = rows, .zero = (int32_t)number[2], .limb_base = (int32_t)number[3]};
+  chain.rows_per_norm = number[4]; /* 0: no norm */
+  float *option = read_floats(5);
+  chain.epsilon = option[0], chain.absmax_floor = option[1];
+  chain.max_value = option[2], chain.kmax = option[3], chain.rounding_factor = option[4];
+  chain.x = read_floats(rows * n);
+  if (chain.rows_per_norm) {
+    chain.norm_scale = read_floats(rows / chain.rows_per_norm * n);
+    chain.norm_shift = read_floats(rows / chain.rows_per_norm * n);
+  }
+  chain.quantized = floats(rows * n), chain.scale = floats(rows), chain.codes = malloc((size_t)(rows * n));
+  if (chain.limb_base) chain.low_codes = malloc((size_t)(rows * n));
+  if (!chain.codes || (chain.limb_base && !chain.low_codes)) return 5;
+  token_chain_rows(&chain, 0, rows, floats(n));
+  write_floats(chain.quantized, rows * n), write_floats(chain.scale, rows), write_codes(chain.codes, rows * n);
+  if (chain.low_codes) write_codes(chain.low_codes, rows * n);
+  return 0;
+}
+
+/* packed_gemm VARIANT, epilogue VARIANT, quantized_attention VARIANT, half_gemm, token_chain or attention. */
 int main(int count, char **argument) {
 #if defined(_WIN32)
   _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
 #endif
   if (count == 2 && !strcmp(argument[1], "half_gemm")) return half_gemm();
+  if (count == 2 && !strcmp(argument[1], "token_chain")) return token_chain();
   if (count == 3 && !strcmp(argument[1], "packed_gemm")) return packed_gemm(argument[2]);
   if (count == 3 && !strcmp(argument[1], "epilogue")) return epilogue(argument[2]);
   if (count == 3 && !strcmp(argument[1], "quantized_attention")) return quantized_attention(argument[2]);

@@ -120,6 +120,36 @@ def test_two_calls_meet_in_every_session(engine: CpuEngine) -> None:
         assert all(np.array_equal(w.result()["y"], output) for w, output in zip(workers, expected, strict=True))
 
 
+@pytest.mark.parametrize("path", ["stock", "fused"])
+def test_two_engines_at_once(folders: dict[str, Path], path: str) -> None:
+    """Each with threads of its own, more than there may be cores: both end, and with their own results."""
+    if path not in folders:
+        pytest.skip(native.problem())
+    engines = [CpuEngine(folders[path], threads=3) for _ in range(2)]
+    calls = [call(seed, batch=2, tokens=64) for seed in range(2)]
+    expected = [alone(engine, [one])[0] for engine, one in zip(engines, calls, strict=True)]
+    barrier = threading.Barrier(2, timeout=TIMEOUT_S)
+
+    def count_wrong(index: int) -> int:
+        barrier.wait()
+        return sum(not np.array_equal(engines[index].run(calls[index])["y"], expected[index]) for _ in range(30))
+
+    workers = [Worker(partial(count_wrong, index)) for index in range(2)]
+    assert [worker.result() for worker in workers] == [0, 0]
+    assert not np.array_equal(*expected)
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("batch", [4, 5, 6, 7, 8])
+def test_a_sample_of_a_batch_is_what_it_is_alone(engine: CpuEngine, batch: int) -> None:
+    whole = call(7, batch=batch, tokens=5)
+    result = engine.run(whole)["y"]
+    for i in range(batch):
+        single = {name: array[i : i + 1] for name, array in whole.items()}
+        assert np.array_equal(engine.run(single)["y"][0], result[i])
+
+
 @pytest.mark.parametrize("name", ["text", "mask", "hidden_states"])
 @pytest.mark.parametrize("place", ["condition", "after_condition", "step"])
 def test_an_array_overwritten_during_a_call_makes_no_mixture(engine: CpuEngine, name: str, place: str) -> None:
