@@ -27,6 +27,8 @@ from tests.support.serving import pixels, pixels_of
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 REQUIREMENT = "ray[serve]>=2.50"
 CLIENTS, PICTURES, STEPS = 4, 5, 30
+# Ray gives a node half a minute to start, which on a machine that does much beside is not enough.
+TRIES = 4
 COMPARED = 20  # requests at most, of all that were answered
 REPLICA = "ray::ServeReplica"
 
@@ -42,23 +44,36 @@ def python() -> str:
 @contextlib.contextmanager
 def cluster(python: str) -> Iterator[tuple[str, psutil.Process]]:
     """Its address, and the process that all of its own descend from."""
-    command, pipe = [python, "-m", "tests.support.ray_cluster"], subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, env=without_xdist(), stdin=pipe, stdout=pipe, text=True)
-    assert process.stdin is not None and process.stdout is not None
-    parent = psutil.Process(process.pid)
-    try:
-        address = process.stdout.readline().strip()
-        assert address, "the cluster did not start"
-        yield address, parent
-    finally:
-        own = parent.children(recursive=True)
-        process.stdin.close()
+    for _ in range(TRIES):
+        process = start_cluster(python)
+        parent = psutil.Process(process.pid)
         try:
-            process.wait(60)
+            assert process.stdout is not None
+            if address := process.stdout.readline().strip():
+                yield address, parent
+                return
         finally:
-            for left in own:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    left.kill()
+            end(process, parent)
+    pytest.fail(f"the cluster did not start in {TRIES} tries")
+
+
+def start_cluster(python: str) -> subprocess.Popen[str]:
+    command, pipe = [python, "-m", "tests.support.ray_cluster"], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=without_xdist(), stdin=pipe, stdout=pipe, text=True)
+
+
+def end(process: subprocess.Popen[str], parent: psutil.Process) -> None:
+    """The cluster, and what is left of it."""
+    own = parent.children(recursive=True) if process.poll() is None else []
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(120)
+    finally:
+        process.kill()
+        for left in own:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 def replicas(parent: psutil.Process) -> list[psutil.Process]:

@@ -32,7 +32,8 @@ def python_with(module: str, requirement: str) -> str | Path:
         venv.create(folder, with_pip=False, clear=True)
         [packages] = folder.glob("lib/python*/site-packages")
         beside = [path for path in sys.path if Path(path).name == "site-packages"]
-        packages.joinpath("beside.pth").write_text(f"import site; [site.addsitedir(path) for path in {beside!r}]\n")
+        lines = [f"import site; site.addsitedir({path!r})\n" for path in beside]
+        packages.joinpath("beside.pth").write_text("".join(lines))
         command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", requirement]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=WAITED_S, check=False)
