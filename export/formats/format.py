@@ -284,8 +284,9 @@ def looked_up(of_code: NDArray[Number], packed: NDArray[np.uint8], count: int) -
     if bits != 4:
         return np.take(of_code, unpack(packed, bits, count))
     byte = np.arange(256)
-    pairs = np.stack([of_code[byte & 15], of_code[byte >> 4]], axis=1).view(TWICE[of_code.itemsize])[:, 0]
-    numbers = np.take(pairs, packed).view(of_code.dtype)
+    of_byte = np.stack([of_code[byte & 15], of_code[byte >> 4]], axis=1)
+    pairs: NDArray[np.generic] = of_byte.view(TWICE[of_code.itemsize])[:, 0]
+    numbers: NDArray[Number] = np.take(pairs, packed).view(of_code.dtype)
     return numbers if numbers.shape[-1] == count else np.ascontiguousarray(numbers[..., :count])
 
 

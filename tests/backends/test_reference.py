@@ -43,6 +43,18 @@ def test_sums_of_integers_are_the_product_of_the_dequantized_numbers(
     assert not torch.equal(result, linear.product(x.float().double() * (1 + 2**-20)))
 
 
+def test_long_sums_are_added_up_in_parts() -> None:
+    k = 4096
+    layer = make_linear(
+        np.full((3, k), 7, np.uint8), weight_format="E2M1", activation_format="INT8", name="wo", kind="linear",
+        granularity="exact_group", group_size=64, scales=np.ones((3, 1), np.float32),
+        multipliers=np.full((3, k // 64), 9, np.uint8),
+    )  # fmt: skip
+    linear, x = FakeQuantLinear(layer, torch.float64), torch.arange(1.0, k + 1, dtype=torch.float64)[None]
+    assert linear.sums_integers and k * 127 * 108 > 2**24
+    torch.testing.assert_close(linear(x), linear.product(x), rtol=1e-14, atol=0)
+
+
 def test_sums_beyond_float32_are_left_to_float64() -> None:
     assert not quantized("E4M3", multipliers=True, balanced=False).sums_integers
 

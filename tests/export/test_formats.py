@@ -13,6 +13,7 @@ from export.formats.format import (
     encode,
     fold_negative_zero,
     get_format,
+    looked_up,
     pack,
     packed_size,
     quantize,
@@ -212,6 +213,17 @@ def test_golden_bytes() -> None:
     assert pack(codes, 6).tolist() == [0b10_000001, 0b1100_1000, 0b010111_11]
     assert pack(codes[:2], 6).tolist() == [0b10_000001, 0b0000_1000]
     assert pack(np.array([0, 200, 255], np.uint8), 8).tolist() == [0, 200, 255]
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.float64])
+def test_numbers_of_packed_codes_are_looked_up(bits: int, dtype: type[np.generic]) -> None:
+    rng = np.random.default_rng(bits)
+    of_code = rng.integers(-100, 100, 2**bits).astype(dtype)
+    for count in (1, 7, 16):
+        codes = rng.integers(0, 2**bits, (3, count)).astype(np.uint8)
+        numbers = looked_up(of_code, pack(codes, bits), count)
+        assert numbers.dtype == dtype and numbers.flags.c_contiguous and np.array_equal(numbers, of_code[codes])
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from export.formats.format import encode, get_format
-from export.formats.operands import activation_number, decoding_lines, magnitudes, weight_exponent
+from export.formats.operands import activation_number, decoding_lines, float32_sums, magnitudes, weight_exponent
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -72,3 +72,15 @@ def test_decoding_lines_give_every_magnitude(name: str) -> None:
     index = np.arange(len(images))
     lines = decoding_lines(name)
     assert np.array_equal(np.max([slope * index + intercept for slope, intercept in lines], axis=0), images)
+
+
+def test_sums_are_cut_where_float32_would_round() -> None:
+    rng = np.random.default_rng(0)
+    integers = rng.integers(-120, 121, (5, 1000)).astype(np.int8)
+    for largest in (1, 127, 1000):
+        cuts = float32_sums(integers, largest)
+        assert cuts is not None
+        assert np.concatenate([np.arange(1000)[cut] for cut in cuts]).tolist() == list(range(1000))
+        sums = [int(np.abs(integers[:, cut].astype(np.int64)).sum(1).max()) * largest for cut in cuts]
+        assert max(sums) < 2**24 and (len(cuts) > 1) == (largest == 1000)
+    assert float32_sums(integers, 2.0**20) is None
