@@ -4,6 +4,7 @@ and this project's tokenizer read."""
 import dataclasses
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from diffusers import PixArtAlphaPipeline
 
 from benchmarks.zoo.pixart_scenes import __main__ as command
-from benchmarks.zoo.pixart_scenes import board, parts, picture, reader, stage, train
+from benchmarks.zoo.pixart_scenes import board, parts, picture, reader, stage, text, train
 from benchmarks.zoo.pixart_scenes.captions import caption, captions
 from benchmarks.zoo.pixart_scenes.publish import SIZE_LIMIT_BYTES, publish, refuse_infinite, size_bytes
 from benchmarks.zoo.pixart_scenes.stage import Stage
@@ -26,6 +27,8 @@ TINY = train.Plan(
     autoencoder=Stage("autoencoder", 2, 2, 1e-3, every=2),
     denoiser=Stage("denoiser", 4, 3, 1e-3, every=2),
     latents=8,
+    looks=2,
+    n_steps=2,
     save_every_s=0.0,
 )
 
@@ -167,13 +170,15 @@ def work_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LATENTS_IN_FILE", 4)
-        patch.setattr(picture, "LOOKS", 2)
+        patch.setattr(text, "SCENES", 300)
+        patch.setattr(text, "EVERYDAY", 1)
         train.train(TINY, folder, 1, picture.looks_of(TINY, folder, 1))
     return folder
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(work_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LATENTS_IN_FILE", 4)
+    shutil.copytree(work_dir / "tokenizer", tmp_path / "tokenizer")
 
     def stop(module, step):
         if step == 2:
@@ -274,8 +279,8 @@ def test_the_scheduler_is_one_that_the_run_time_has(published):
 
 
 def test_the_card_tells_of_all_stages(published):
-    text = (published / "README.md").read_text()
-    assert "| denoiser | 4 | 4 | 3 |" in text and "| count |" in text and "seed 1" in text
+    card = (published / "README.md").read_text()
+    assert "| denoiser | 4 | 4 | 3 |" in card and "| count |" in card and "seed 1" in card
 
 
 def test_a_weight_that_overflows_fp16_is_refused(published):

@@ -16,9 +16,8 @@ from benchmarks.zoo.pixart_scenes.captions import captions
 from benchmarks.zoo.pixart_scenes.train import Look, Plan, new_denoiser, tokenizer_of, trained
 
 logger = logging.getLogger(__name__)
-GUIDANCE, N_STEPS = 3.0, 20
+GUIDANCE = 3.0
 BATCH_SIZE = 50
-LOOKS = 100  # held-out scenes drawn at each look
 SHEET_COLUMNS, SHEET_COUNT, SHEET_ZOOM = 10, 50, 2
 
 
@@ -47,16 +46,15 @@ def pipeline_of(plan: Plan, work_dir: Path, seed: int) -> PixArtAlphaPipeline:
 
 
 def draw(
-    pipeline: PixArtAlphaPipeline, prompts: list[str], seed: int, n_steps: int = N_STEPS, guidance: float = GUIDANCE,
-    most_tokens: int = 120,
-) -> torch.Tensor:  # fmt: skip
+    pipeline: PixArtAlphaPipeline, prompts: list[str], seed: int, n_steps: int, most_tokens: int = 120
+) -> torch.Tensor:
     """Pictures in [-1, 1], [prompts, 3, 64, 64] float32; each from a generator of its own."""
     drawn = []
     for first in range(0, len(prompts), BATCH_SIZE):
         part = prompts[first : first + BATCH_SIZE]
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
         pictures = pipeline(
-            part, num_inference_steps=n_steps, guidance_scale=guidance, generator=generators, output_type="pt",
+            part, num_inference_steps=n_steps, guidance_scale=GUIDANCE, generator=generators, output_type="pt",
             use_resolution_binning=False, clean_caption=False, max_sequence_length=most_tokens,
         ).images  # fmt: skip
         drawn.append(pictures.float() * 2 - 1)
@@ -90,7 +88,7 @@ def _note(
 
 def looks_of(plan: Plan, work_dir: Path, seed: int) -> dict[str, Look]:
     """What is drawn and read while training, on the same held-out scenes each time."""
-    labels = board.sample_split(LOOKS, torch.Generator().manual_seed(seed), held_out=True)
+    labels = board.sample_split(plan.looks, torch.Generator().manual_seed(seed), held_out=True)
 
     def judge() -> torch.nn.Module:
         return trained(plan.reader, reader.Reader(), work_dir)
@@ -109,7 +107,7 @@ def looks_of(plan: Plan, work_dir: Path, seed: int) -> dict[str, Look]:
         vae = trained(plan.autoencoder, parts.autoencoder(), work_dir)
         factor = json.loads((work_dir / "scaling_factor.json").read_text(encoding="utf-8"))
         pipeline = assemble(tokenizer_of(work_dir, seed), vae, models, factor)
-        drawn = draw(pipeline, captions(labels), seed, most_tokens=40)
+        drawn = draw(pipeline, captions(labels), seed, plan.n_steps, most_tokens=40)
         _note(work_dir, plan.denoiser.name, step, labels, judge(), drawn)
 
     return {

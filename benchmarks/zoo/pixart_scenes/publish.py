@@ -14,7 +14,7 @@ from benchmarks import record
 from benchmarks.record import Json
 from benchmarks.zoo.pixart_scenes import board, parts, reader
 from benchmarks.zoo.pixart_scenes.captions import captions
-from benchmarks.zoo.pixart_scenes.picture import GUIDANCE, N_STEPS, draw, pipeline_of, save_sheet
+from benchmarks.zoo.pixart_scenes.picture import GUIDANCE, draw, pipeline_of, save_sheet
 from benchmarks.zoo.pixart_scenes.stage import EMA_DECAY, read_state
 from benchmarks.zoo.pixart_scenes.train import DROP_SHARE, KL_WEIGHT, Plan, trained
 from pipeline.files import write_json
@@ -50,17 +50,19 @@ def _facts(plan: Plan, work_dir: Path, pipeline: PixArtAlphaPipeline) -> Json:
     return {"stages": rows, "latents": plan.latents, "parameters": sizes}
 
 
-def measure(pipeline: PixArtAlphaPipeline, judge: torch.nn.Module, count: int, seed: int) -> tuple[Json, torch.Tensor]:
+def measure(
+    pipeline: PixArtAlphaPipeline, judge: torch.nn.Module, count: int, n_steps: int, seed: int
+) -> tuple[Json, torch.Tensor]:
     """How many of `count` held-out scenes are drawn rightly, and the pictures."""
     labels = board.sample_split(count, torch.Generator().manual_seed(seed), held_out=True)
     real = board.draw(labels, torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         decoded = torch.cat([pipeline.vae(part).sample for part in real.split(50)])
-    drawn = draw(pipeline, captions(labels), seed)
+    drawn = draw(pipeline, captions(labels), seed, n_steps)
     document = {
         "conditions": "scenes never trained on",
         "count": count,
-        "n_steps": N_STEPS,
+        "n_steps": n_steps,
         "guidance_scale": GUIDANCE,
         "seed": seed,
         "accuracy": reader.accuracy(labels, judge.read(drawn)),
@@ -91,7 +93,7 @@ def publish(plan: Plan, work_dir: Path, folder: Path, seed: int, count: int) -> 
     save_file(judge.state_dict(), folder / READER_FILE, metadata={"format": "pt"})
     write_json(folder / "training.json", facts)
     pipeline.to(torch.float32)  # the values that fp16 holds
-    document, drawn = measure(pipeline, judge, count, seed)
+    document, drawn = measure(pipeline, judge, count, plan.n_steps, seed)
     record.write("quality", document, folder)
     save_sheet(drawn, folder / "pictures.png")
     (folder / "README.md").write_text(card(folder), encoding="utf-8")

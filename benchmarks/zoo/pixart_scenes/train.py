@@ -35,12 +35,15 @@ Look = Callable[[torch.nn.Module, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. `latents`: scenes that the denoiser learns from, a multiple of `LATENTS_IN_FILE`."""
+    """How much is trained and drawn. `latents`: scenes that the denoiser learns from, a multiple of `LATENTS_IN_FILE`.
+    `looks`: held-out scenes drawn at each look. `n_steps`: of a picture."""
 
     reader: Stage
     autoencoder: Stage
     denoiser: Stage
     latents: int
+    looks: int = 100
+    n_steps: int = 20
     save_every_s: float = 180.0
 
 
