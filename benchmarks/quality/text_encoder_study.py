@@ -1,11 +1,12 @@
-"""Which formats a T5 encoder takes: `python -m benchmarks.quality.text_encoder_study`.
+"""Which formats T5, CLIP and BERT encoders take: `python -m benchmarks.quality.text_encoder_study`.
 
-Encoders of random weights, small ones of T5-XXL's form, plain and with the outliers that trained ones have (see
-benchmarks/zoo/make_t5_xxl.py), rounded to nearest in pairs of formats: the signal-to-noise ratio of the embeddings of
-random prompts against the float encoder, all tokens together and of the worst token. Activations stand beside the
-recipe's weights, and beside weights of 8 bits, which cost little, so that their own cost shows.
+Encoders of random weights, small ones of the published forms, plain and with the outliers that trained ones have (see
+benchmarks/zoo/make_t5_xxl.py and random_encoders.py), rounded to nearest in pairs of formats: the signal-to-noise ratio
+of the embeddings of random prompts against the float encoder, all tokens together and of the worst token. Activations
+stand beside the recipe's weights, and beside weights of 8 bits, which cost little, so that their own cost shows.
 
-Writes benchmarks/results/text_encoder_study.json; some minutes on two free cores.
+Writes benchmarks/results/text_encoder_study.json (with `--encoder clip` or `bert` another file); minutes on two free
+cores.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from numpy.typing import NDArray
 from benchmarks import record
 from benchmarks.record import Json
 from benchmarks.zoo.make_t5_xxl import config_of, write
+from benchmarks.zoo.random_encoders import write_bert, write_clip
 from export.models.families import IDS, MASK
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.calibrate import calibrate
 from pipeline.distance import sqnr_db
+from pipeline.recipe import Recipe
 
-NAME, RECIPE = "text_encoder_study", "t5_w4a8"
+NAME, T5 = "text_encoder_study", "t5"
+RECIPES = {T5: "t5_w4a8", "clip": "clip_w4a8", "bert": "bert_w4a8"}
 LAYERS, WIDTH, FF, HEADS, VOCABULARY = 8, 512, 1280, 8, 1000
 PROMPTS, SEED = 16, 0
 ACTIVATIONS = ("INT8", "E4M3", "E3M4", "E2M3", "INT6")
@@ -39,9 +43,8 @@ WIDE = "INT8"
 GROUPS = (32, 64, 128)
 
 
-def rows(model: LoadedModel, work_dir: Path) -> Iterator[Json]:
+def rows(model: LoadedModel, recipe: Recipe, work_dir: Path) -> Iterator[Json]:
     """An arm for each: formats, group size and decibels."""
-    recipe = recipes.load(RECIPE)
     usual = recipe.formats
     arms = [(replace(usual, activation=name), 64) for name in ACTIVATIONS]
     arms += [(replace(usual, weight=WIDE, activation=name), 64) for name in ACTIVATIONS]
@@ -69,18 +72,30 @@ def _counted(engine: ReferenceEngine, inputs: dict[str, NDArray[np.int64]]) -> N
     return output[inputs[MASK].astype(bool)]
 
 
+def write_encoder(name: str, folder: Path, planted: bool) -> None:
+    """The encoder called `name` in RECIPES."""
+    if name == T5:
+        write(folder, config_of(LAYERS, WIDTH, FF, HEADS, VOCABULARY), SEED, planted=planted)
+    else:
+        writer = {"clip": write_clip, "bert": write_bert}[name]
+        writer(folder, LAYERS, WIDTH, 4 * WIDTH, HEADS, VOCABULARY, planted)
+
+
 def main() -> None:
     """Measure and write."""
     parser = record.parser(f"benchmarks.quality.{NAME}", __doc__)
     parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
+    parser.add_argument("--encoder", choices=RECIPES, default=T5, help=f"which of them (default: {T5})")
     arguments = record.parsed(parser)
-    document: Json = {"recipe": RECIPE, "layers": LAYERS, "width": WIDTH, "prompts": PROMPTS}
-    for name, planted in (("plain", False), ("outliers", True)):
+    name = arguments.encoder
+    recipe = recipes.load(RECIPES[name])
+    document: Json = {"recipe": recipe.name, "layers": LAYERS, "width": WIDTH, "prompts": PROMPTS}
+    for kind, planted in (("plain", False), ("outliers", True)):
         with tempfile.TemporaryDirectory(prefix="ditc-") as scratch:
             folder = Path(scratch) / "text_encoder"
-            write(folder, config_of(LAYERS, WIDTH, FF, HEADS, VOCABULARY), SEED, planted=planted)
-            document[name] = list(rows(load(str(folder)), Path(scratch)))
-    print(record.write(NAME, document, arguments.output_dir))
+            write_encoder(name, folder, planted)
+            document[kind] = list(rows(load(str(folder)), recipe, Path(scratch)))
+    print(record.write(NAME if name == T5 else f"{NAME}_{name}", document, arguments.output_dir))
 
 
 if __name__ == "__main__":

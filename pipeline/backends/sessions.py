@@ -90,10 +90,8 @@ def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arr
         if (reason := refusal(error)) is None:
             raise
         if type(error).__name__ == "InvalidArgument":
-            remedy = (
-                "give numbers that the model knows, such as classes that it was trained on, and no more tokens than "
-            )
-            remedy += "the model has positions"
+            remedy = "give numbers that the model knows, such as classes that it was trained on; "
+            remedy += "and no more tokens than it has positions"
             raise RecipeError(f"the engine cannot run these inputs ({reason}); {remedy}") from error
         # onnxruntime may have made a slice of a lookup by places, whose result then does not fit.
         remedy = "give no more tokens than the model has positions; else verify the bundle, or build it again"
