@@ -327,7 +327,7 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(RecipeError, match="not valid TOML"):
         load(str(tmp_path / "bad.toml"))
-    with pytest.raises(RecipeError, match="recipe 'nothing' is unknown; use one of dit_w4a8"):
+    with pytest.raises(RecipeError, match="recipe 'nothing' is unknown; use one of bert_w4a8"):
         load("nothing")
 
 

@@ -170,7 +170,9 @@ def test_a_replica_that_falls_silent_is_a_failure(replica: Replica) -> None:
 
 
 def test_nan_in_one_picture_is_that_one_s(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = replica.pipeline.engine
+    model = replica.pipeline.model
+    assert isinstance(model, PixelModel)
+    engine = model.engine
     run = engine.run
 
     def spoilt(inputs: Any) -> Any:

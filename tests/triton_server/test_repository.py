@@ -21,6 +21,7 @@ from google.protobuf import text_format
 from export.errors import ContractError
 from pipeline.export import main
 from pipeline.files import tree
+from pipeline.generate.pixel_model import PixelModel
 from pipeline.text_to_image import Pipeline
 from pipeline.triton_server import repository
 from tests.generate.test_generate import GENERATION, make_bundle
@@ -84,7 +85,8 @@ def model(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     def opened(path: Path, target: str = "auto", threads: int | None = None) -> Pipeline:
         places.append((path, threads))
-        return Pipeline(make_bundle(tmp_path))
+        bundle = make_bundle(tmp_path)
+        return Pipeline(PixelModel(bundle), bundle)
 
     monkeypatch.setattr(script.Pipeline, "load", opened)
     served = script.TritonPythonModel()
