@@ -95,7 +95,7 @@ def model(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     assert places == [(Path("/models/digits/bundle"), 2)]
     yield served
     served.finalize()
-    assert served.pipeline.engine.closed
+    assert served.pipeline.model.engine.closed
 
 
 def level(digit: int) -> int:
@@ -110,13 +110,13 @@ def test_pictures_of_prompts(model: Any) -> None:
     assert images.values.shape == (2, 8, 8, 1) and images.values.dtype == np.uint8
     assert np.abs(images.values[0].astype(int) - level(0)).max() <= 1
     assert np.abs(images.values[1].astype(int) - level(9)).max() <= 1
-    assert len(model.pipeline.engine.calls) == 4  # two steps for each
+    assert len(model.pipeline.model.engine.calls) == 4  # two steps for each
 
 
 def test_what_is_not_given_is_the_model_s_own(model: Any) -> None:
     [response] = model.execute([request(PROMPT=np.array([b"5"], object), NEGATIVE_PROMPT=np.array([b"1"], object))])
     assert response.error is None
-    calls = model.pipeline.engine.calls
+    calls = model.pipeline.model.engine.calls
     assert len(calls) == GENERATION["n_steps"] and calls[0]["class_labels"].tolist() == [5, 1]
 
 
