@@ -22,6 +22,7 @@ from pipeline.distance import PIXEL_RANGE, psnr_db
 from pipeline.export import main
 from pipeline.files import tree
 from pipeline.generate.draw import DrawRequest
+from pipeline.generate.pixel_model import PixelModel
 from pipeline.text_to_image import Pipeline
 from pipeline.web import onnxruntime_web, page_folder
 from tests.generate.test_generate import GENERATION, make_bundle
@@ -121,8 +122,9 @@ def canvas(tab: browser.Tab) -> Any:
 def picture(run: Any, pipeline: Pipeline) -> Any:
     """What another engine draws, [1, 3, H, W] float32."""
     pipeline = Pipeline.load(pipeline.bundle.path)
-    pipeline.engine.close()
-    pipeline.engine = run
+    assert isinstance(pipeline.model, PixelModel)
+    pipeline.model.engine.close()
+    pipeline.model.engine = run
     [drawing] = pipeline.drawings(DrawRequest((PROMPT,), SEED, n_steps=STEPS))
     return drawing.latents
 
