@@ -71,7 +71,7 @@ class Bundle:
         if target != "auto" and target not in self.targets:
             raise RecipeError(self.problem(target))
         fastest_first = sorted(self.targets, key=lambda name: BACKENDS[name].speed_rank)
-        problems = []
+        problems: list[str] = []
         for name in fastest_first if target == "auto" else [target]:
             problem = self.problem(name)
             if problem is None:
