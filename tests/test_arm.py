@@ -26,7 +26,7 @@ from tests.support import arm
 
 pytestmark = pytest.mark.slow
 STEPS = 4
-# Nearer than this no code has flipped, and what differs is the last bits of float32 sums: then it is no matter how near.
+# Nearer than this no code has flipped, and what differs is the last bits of float32 sums: how near is no matter then.
 UNFLIPPED_DB = 90.0
 # Prompt, noise, every step and the picture; and what the machine is.
 PROGRAM = """
