@@ -21,10 +21,13 @@ from export.cache_folder import cache_folder
 from pipeline import compiler
 from pipeline.build import main as build
 from pipeline.distance import psnr_db
+from pipeline.generate.draw import to_pixels
 from tests.support import arm
 
 pytestmark = pytest.mark.slow
 STEPS = 4
+# Nearer than this no code has flipped, and what differs is the last bits of float32 sums: how near is no matter then.
+UNFLIPPED_DB = 90.0
 # Prompt, noise, every step and the picture; and what the machine is.
 PROGRAM = """
 import json, platform, sys
@@ -102,10 +105,8 @@ def test_from_a_prompt_to_a_picture_as_on_x86(board: arm.Arm, bundle: Path, tmp_
     np.testing.assert_array_equal(emulated.noise, x86.noise)
     for step in range(STEPS):
         own, other = (psnr_db(run.latents[step], x86.latents[step], 2.0) for run in (portable, emulated))
-        assert other >= own - 6, f"step {step}: {other:.1f} dB from x86, whose portable model is {own:.1f} dB away"
-    assert emulated.picture.shape == x86.picture.shape
-    assert np.ptp(emulated.picture) > 100
-    flipped = np.mean(emulated.picture != x86.picture)
-    assert flipped <= max(np.mean(portable.picture != x86.picture), 0.01), (
-        f"{flipped:.1%} of the picture's bytes differ"
-    )
+        assert other >= min(own, UNFLIPPED_DB) - 6, (
+            f"step {step}: {other:.1f} dB from x86, whose portable model is {own:.1f} dB away"
+        )
+    np.testing.assert_array_equal(emulated.picture, to_pixels(emulated.latents[-1])[0])
+    assert np.ptp(emulated.picture) > 100  # it is no flat one
