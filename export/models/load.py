@@ -241,7 +241,7 @@ def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) ->
         )
 
 
-def _family_of(config: Config, path: Path, half: Half | None) -> tuple[Family, tuple[str, ...]]:
+def _family_of(config: Config, path: Path, half: Half | None = None) -> tuple[Family, tuple[str, ...]]:
     """The row of the class, and notes. Raises ModelError for a class that is not known, or not by its half."""
     name = config["_class_name"]
     rows = [family for family in FAMILIES.values() if family.class_name == name and family.matches(config)]

@@ -196,11 +196,11 @@ TEMPLATES.filters |= {"number": number, "data_uri": data_uri}
 def _cards(report: Report) -> list[tuple[str, str]]:
     """(figure, what it is) of the row of large figures."""
     gates = [(f"{sum(gate.passed for gate in report.gates)} of {len(report.gates)}", "gates passed")]
-    share = [gate.value for gate in report.gates if gate.name.endswith("/codes_equal")]
-    if not report.layers and not share:  # an autoencoder
-        return gates
     first = next(iter(_by_target(report.layers).values()), [])
     psnr = [gate.value for gate in report.gates if gate.name == "final_psnr_fp_db"]
+    share = [gate.value for gate in report.gates if gate.name.endswith("/codes_equal")]
+    if not (first or psnr or share):  # nothing is quantized
+        return gates
     return [
         (f"{len(first)}", "linears quantized"),
         (f"{sum(row.size_bytes for row in first) / 1e6:.1f} MB", "quantized weights"),
