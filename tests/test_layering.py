@@ -34,7 +34,10 @@ HEAVY = {
 # Modules that define torch modules; they are themselves imported inside functions only.
 DEFINES_TORCH_MODULES = {
     "export/models/attention_calls.py",
+    "export/models/bert_modules.py",
+    "export/models/clip_modules.py",
     "export/models/t5_modules.py",
+    "export/models/text_modules.py",
     "export/models/torch_modules.py",
     "export/trace.py",
     "pipeline/backends/reference.py",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from export.models.families import LEGACY_END, end_token
+from export.models.end_token import LEGACY_END, end_token
 from export.models.text_modules import activation_of, attended, causal_bias, padding_bias
 
 if TYPE_CHECKING:

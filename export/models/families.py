@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from export.errors import ContractError, ModelError
+from export.errors import ContractError
+from export.models.end_token import end_token
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -388,19 +389,6 @@ def _exportable_clip(module: nn.Module) -> nn.Module:
     from export.models.clip_modules import exportable
 
     return exportable(module)
-
-
-# Configurations from before transformers 4.31 state this number in the place of the end token's, which was then the
-# largest of all.
-LEGACY_END = 2
-
-
-def end_token(config: Config) -> int:
-    """The id that ends a CLIP's prompt, whose row is pooled. Raises ModelError where eos_token_id is no such id."""
-    stated, vocabulary = config["eos_token_id"], config["vocab_size"]
-    if not isinstance(stated, int) or not 0 <= stated < vocabulary:
-        raise ModelError(f"eos_token_id is {stated!r}, which is none of {vocabulary} ids; a prompt's end is pooled")
-    return vocabulary - 1 if stated == LEGACY_END else stated
 
 
 CLIP_LAYER = r"(text_model\.)?encoder\.layers\.\d+"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from export.errors import ModelError
 from export.models.clip_modules import end_rows
 from export.models.description import end_prompts
-from export.models.families import FAMILIES, LEGACY_END
+from export.models.end_token import LEGACY_END
+from export.models.families import FAMILIES
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.text_modules import ACTIVATIONS, quick_gelu
 from tests.support.tiny_text import CLIP, change_config, clip, clip_folder
