@@ -141,7 +141,9 @@ class Subject:
             elif where is not None:
                 patch.setattr(where, name, fault)
             to_onnx.export_portable(self.model, self.layers, self.folder / "model.onnx")
-        graph = BACKENDS["cpu"].lower(self.folder / "model.onnx", self.folder, self.recipe)
+        lowered = self.folder / "cpu"
+        lowered.mkdir(exist_ok=True)
+        graph = BACKENDS["cpu"].lower(self.folder / "model.onnx", lowered, self.recipe)
         report = Report()
         verify_target("cpu", self.model, self.layers, graph, None, self.study, report)
         return {gate.name.removeprefix("cpu/") for gate in report.failures()}
