@@ -9,6 +9,8 @@ import os
 import sys
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers let all else go first: beside other tests they would hardly start.
+os.environ["RAY_worker_niceness"] = "0"
 
 from ray.cluster_utils import Cluster
 
