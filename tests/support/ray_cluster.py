@@ -10,7 +10,7 @@ import sys
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray's workers let all else go first: beside other tests they would hardly start.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 Ray spells it so
 
 from ray.cluster_utils import Cluster
 
