@@ -82,7 +82,7 @@ def make_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     hostile_gpu.add_engines(folder / "w")
     reseal(folder / "w")
     pipelines.write("dit", folder / "pipe")
-    assert build([*flags, str(folder / "l"), "-m", str(folder / "pipe")]) == 0
+    assert build([*flags, str(folder / "l"), "-m", str(folder / "pipe" / "transformer")]) == 0
     return folder
 
 

@@ -288,7 +288,7 @@ def build(name: str, folder: Path, method: str, *flags: str) -> Built:
     """
     root, checkpoint = write(name, folder / "pipeline"), folder / "checkpoint"
     settings = [f"method={method}", "weights.group_size=32", "calibrate.timesteps=2", "sampling.n_steps=3", *flags]
-    common = ["--engine", ROWS[name].recipe, "-m", str(root), "--calib-size", "2"]
+    common = ["--engine", ROWS[name].recipe, "-m", str(root / "transformer"), "--calib-size", "2"]
     common += [part for setting in settings for part in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITC_CACHE", str(folder / "cache"))
