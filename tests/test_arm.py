@@ -33,7 +33,7 @@ PROGRAM = """
 import json, platform, sys
 import numpy as np
 from ditc import Pipeline
-from pipeline.generate.draw import Picture, noise_of
+from pipeline.generate.schedulers.base import SeededNoise
 from plugins.cpu import library, packaged
 
 bundle, target, steps, output = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
@@ -45,7 +45,7 @@ with Pipeline.load(bundle, target, threads=1) as pipeline:
         callback_on_step_end=lambda drawing, i, timestep, values: latents.append(values["latents"].copy()) or None,
     )
     drawn.images[0].save(output + ".png")
-noise = noise_of([Picture(prompt, 3)], latents[0].shape[1:])
+noise = SeededNoise([3])(latents[0].shape)
 np.savez(output + ".npz", latents=np.stack(latents), noise=noise)
 problem = packaged.problem(library.FOLDER, library.version())
 print(json.dumps({"machine": platform.machine(), "prompt": prompt, "kernels": problem}))
