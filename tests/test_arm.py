@@ -22,12 +22,11 @@ from pipeline import compiler
 from pipeline.build import main as build
 from pipeline.distance import psnr_db
 from pipeline.generate.draw import to_pixels
+from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from tests.support import arm
 
 pytestmark = pytest.mark.slow
 STEPS = 4
-# Nearer than this no code has flipped, and what differs is the last bits of float32 sums: how near is no matter then.
-UNFLIPPED_DB = 90.0
 # Prompt, noise, every step and the picture; and what the machine is.
 PROGRAM = """
 import json, platform, sys
@@ -94,8 +93,9 @@ def here(bundle: Path, target: str, output: Path) -> Run:
 
 
 def test_from_a_prompt_to_a_picture_as_on_x86(board: arm.Arm, bundle: Path, tmp_path: Path) -> None:
-    """Prompt and noise are equal to the bit. Codes flip where another library rounds otherwise, so that the pictures
-    differ by no more than two ways of computing differ on x86 itself, give or take 6 dB."""
+    """Prompt and noise are equal to the bit. Codes flip where another library rounds otherwise, so that latents differ
+    by no more than two ways of computing differ on x86 itself, less the 6 dB of the gates (pipeline/verify/gates.py). A
+    flip falls into any step, and its power is about the same in each: the worst step of x86's is the limit of all."""
     x86, portable = here(bundle, "cpu", tmp_path / "x86"), here(bundle, "onnx", tmp_path / "portable")
     output = tmp_path / "arm"
     emulated = outcome(board.run("-c", PROGRAM, bundle, "cpu", STEPS, output, cwd=tmp_path), output)
@@ -103,10 +103,9 @@ def test_from_a_prompt_to_a_picture_as_on_x86(board: arm.Arm, bundle: Path, tmp_
     assert emulated.facts["kernels"] is None, "the kernel library did not load in the emulator"
     assert emulated.facts["prompt"] == x86.facts["prompt"]
     np.testing.assert_array_equal(emulated.noise, x86.noise)
-    for step in range(STEPS):
-        own, other = (psnr_db(run.latents[step], x86.latents[step], 2.0) for run in (portable, emulated))
-        assert other >= min(own, UNFLIPPED_DB) - 6, (
-            f"step {step}: {other:.1f} dB from x86, whose portable model is {own:.1f} dB away"
-        )
+    own, other = (
+        [psnr_db(run.latents[step], x86.latents[step], 2.0) for step in range(STEPS)] for run in (portable, emulated)
+    )
+    assert min(other) >= min(min(own), ROUNDED_DB) - FACTOR_DB, f"{other} dB from x86, whose portable model is {own}"
     np.testing.assert_array_equal(emulated.picture, to_pixels(emulated.latents[-1])[0])
     assert np.ptp(emulated.picture) > 100  # it is no flat one
