@@ -2,7 +2,8 @@
 
 BUNDLE is what `build` made of either half. Each case runs in a process of its own, which opens the engine and computes
 one picture: the peak of its memory is that of the process, with Python and ONNX Runtime in it, the time that of the
-picture, processor_s that of all its threads. Writes benchmarks/results/autoencoder.json, a row for each half, size and way.
+picture, processor_s that of all its threads. Writes benchmarks/results/autoencoder.json, a row for each half, size
+and way.
 """
 
 from __future__ import annotations
