@@ -22,8 +22,7 @@ Array = NDArray[np.float32]
 Run = Callable[[Arrays], Arrays]
 # Share of a tile's side that it has in common with the next.
 OVERLAP = 0.25
-# The largest tile, as diffusers has it for autoencoders that were trained on pictures of this size: the decoder of
-# Stable Diffusion takes what docs/deployment.md says for it.
+# A tile, as diffusers has it for autoencoders that were trained on pictures of this size.
 TILE_PIXELS = 512
 
 
