@@ -38,14 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(folder: Path, output: Path, *more: str) -> int:
+def build(folder: Path, output: Path, *more: str, engine: str = "pixart_w4a6") -> int:
     """Nothing that quantization costs random weights is asked about here."""
-    settings = ["method=rtn", "calibrate.size=2", "budgets.quant_sqnr_db=0", "budgets.final_psnr_fp_db=0"]
+    settings = ["method=rtn", "calibrate.size=2", "budgets.quant_sqnr_db=-50", "budgets.final_psnr_fp_db=-50"]
     flags = [flag for setting in settings for flag in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:
         measure_little(patch.setattr)
         return cli.main(
-            ["build", "--engine", "pixart_w4a6", "-m", str(folder), "--target", "cpu", "--n-steps", "2",
+            ["build", "--engine", engine, "-m", str(folder), "--target", "cpu", "--n-steps", "2",
              "-o", str(output), *flags, *more]
         )  # fmt: skip
 
@@ -113,6 +113,30 @@ def test_finished_components_outlive_one_that_fails(
     assert build(folder, output, "--resume") == 0
     assert "text_encoder: built before, taken over" in capsys.readouterr().err
     assert sorted(load_pipeline(output).components) == COMPONENTS and not (tmp_path / "engine.partial").exists()
+
+
+# Parts of these are so narrow that groups have 32 channels.
+NARROW = ("weights.group_size=32", "budgets.quant_sqnr_db=-50")
+OTHERS = {
+    "dit": ("dit_w4a8", (), "one", ["transformer", "vae_decoder"]),
+    "hunyuan12": (
+        "hunyuan_w4a6", ("text_encoder", "text_encoder_2"), "a red circle",
+        ["text_encoder", "text_encoder_2", "transformer", "vae_decoder"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_pipelines_are_built_whole_and_draw(name: str, tmp_path: Path) -> None:
+    engine, encoders, prompt, components = OTHERS[name]
+    root = pipelines.write(name, tmp_path / "pipeline")
+    narrow = [NARROW[0], *(f"components.{encoder}.{setting}" for encoder in encoders for setting in NARROW)]
+    flags = [flag for setting in narrow for flag in ("--set", setting)]
+    assert build(root, tmp_path / "engine", *flags, engine=engine) == 0
+    assert sorted(load_pipeline(tmp_path / "engine").components) == components
+    with Pipeline.load(tmp_path / "engine") as pipeline:
+        output = pipeline(prompt, num_inference_steps=2, output_type="np")
+    assert set(output.seconds) == set(components) and np.isfinite(np.asarray(output.images)).all()
 
 
 def _no_mask(right: Any) -> Any:

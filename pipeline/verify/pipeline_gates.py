@@ -261,9 +261,9 @@ def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: Pipeli
     for name, value in folder.index.items():  # plain values, as requires_safety_checker
         if name in taken and name not in named and not isinstance(value, list):
             named[name] = _of_index(name, value)
-    if folder.left_out and "requires_safety_checker" in taken:
-        named["requires_safety_checker"] = False
-    pipe = cls(**{name: value for name, value in named.items() if name in taken})
+    named["requires_safety_checker"] = False
+    absent = {name: None for name, value in folder.index.items() if isinstance(value, list)}  # or left out
+    pipe = cls(**{name: value for name, value in (absent | named).items() if name in taken})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
