@@ -194,7 +194,12 @@ def test_a_right_engine_passes(subject: Subject) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(subject: Subject, fault: str) -> None:
-    assert subject.failures(clip_modules, *FAULTS[fault]) >= {"segments", "step_sqnr_db", "calls"}
+    # Padding behind a prompt is hidden from it by the causal mask already: what comes out is right.
+    of_outputs = set() if fault == "no mask of padding" else {"step_sqnr_db", "calls"}
+    assert subject.failures(clip_modules, *FAULTS[fault]) & {"segments", "step_sqnr_db", "calls"} == {
+        "segments",
+        *of_outputs,
+    }
 
 
 @pytest.mark.slow
