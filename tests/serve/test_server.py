@@ -303,13 +303,13 @@ def test_the_page_draws_in_a_browser(bundle: Path, server: Process, tmp_path: Pa
             "a 7",
             "digit 3",
         ]
-        tab.run("at('prompt').value = '3'; at('seed').value = 8; at('count').value = 2; at('steps').value = 60")
+        tab.run("at('prompt').value = '3'; at('seed').value = 8; at('count').value = 2; at('steps').value = 200")
         tab.run("at('draw').click()")
         tab.wait("document.querySelector('figure.unfinished img[src]') && at('status').textContent.startsWith('step')")
         tab.wait("!running && document.querySelectorAll('figure img').length === 2")
         rows = tab.run("[...document.querySelectorAll('figure img')].map(image => image.src)")
         with Pipeline.load(bundle, threads=1) as pipeline:
-            images = pipeline("3", seed=8, num_images_per_prompt=2, num_inference_steps=60).images
+            images = pipeline("3", seed=8, num_images_per_prompt=2, num_inference_steps=200).images
         for row, image in zip(rows, images, strict=True):
             np.testing.assert_array_equal(pixels(base64.b64decode(row.partition(",")[2])), np.asarray(image))
         assert tab.run("document.querySelector('figcaption span').textContent") == "seed 8"
