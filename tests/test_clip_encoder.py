@@ -30,6 +30,7 @@ from pipeline.verify.report import Report
 from pipeline.verify.study import Study, joined, study, units_of
 from tests.support.quick_build import measure_little
 from tests.support.tiny_text import bert_folder, clip_folder
+from tests.support.traces import TRACE
 from tests.test_text_encoder import GATES, OF_PICTURES
 
 pytestmark = pytest.mark.torch
@@ -136,6 +137,7 @@ class Subject:
     def failures(self, where: Any = None, name: str = "", fault: Callable[..., Any] | None = None) -> set[str]:
         """Gates that fail for an engine that is exported with `fault` in the place of what `where` calls `name`."""
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(to_onnx, "_traced", TRACE)  # not an earlier one, without the fault
             if isinstance(where, dict):
                 patch.setitem(where, name, fault)
             elif where is not None:

@@ -16,6 +16,8 @@ from pipeline.recipe import Recipe, from_dict, load, recipe_names, settled, to_t
 
 BASE = Recipe(name="test", model="zoo:pixart_mini")
 NAMES = [
+    "bert_w4a8",
+    "clip_w4a8",
     "dit_w4a8",
     "dit_w6a8",
     "hunyuan_w4a6",
@@ -311,7 +313,7 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(RecipeError, match="not valid TOML"):
         load(str(tmp_path / "bad.toml"))
-    with pytest.raises(RecipeError, match="recipe 'nothing' is unknown; use one of dit_w4a8"):
+    with pytest.raises(RecipeError, match="recipe 'nothing' is unknown; use one of bert_w4a8"):
         load("nothing")
 
 
