@@ -20,6 +20,7 @@ from pipeline import machine
 from pipeline.backends import PORTABLE, tool_versions
 from pipeline.bundle import manifest, pipeline_bundle
 from pipeline.bundle.bundle import load_bundle
+from pipeline.bundle.contents import PIPELINE_VERSION
 from pipeline.bundle.manifest_schema import File
 from pipeline.bundle.pipeline_bundle import Component, PipelineManifest, is_pipeline
 from pipeline.bundle.stages import WorkFolder, refuse_interrupted, timed
@@ -127,8 +128,8 @@ def build_part(request: BuildRequest, part: Part, prepared: Prepared, folder: Pa
 
 
 def is_same(bundle: Path, request: BuildRequest, prepared: Prepared) -> bool:
-    """Is there a whole bundle that this request would make again?"""
-    if not (bundle / MANIFEST_FILE).is_file():
+    """Is there a whole bundle that this request would make again? Layers of a checkpoint are in no bundle's key."""
+    if request.checkpoint is not None or not (bundle / MANIFEST_FILE).is_file():
         return False
     try:
         document = load_bundle(bundle).manifest
@@ -205,7 +206,7 @@ def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) ->
         for name in names
     }
     return {
-        "schema_version": pipeline_bundle.SCHEMA_VERSION,
+        "schema_version": PIPELINE_VERSION,
         "pipeline": request.recipe.name,
         "class_name": folder.class_name,
         "index": folder.index,

@@ -43,8 +43,8 @@ class Input:
     """One model input. `shape` mixes numbers with "batch", "tokens", "height", "width" (cells) and "patches".
 
     `fill` says what a sample holds; "class:N" draws classes below N, "ids:N" numbers of tokens below N. implied: a
-    caller may leave it away, its value follows from the picture's size. least_side: height and
-    width stay dynamic, and this is the least of them that a trace is told of; None: they are fixed.
+    caller may leave it away, its value follows from the picture's size. least_side: height and width stay
+    dynamic, and this is the least of them that a trace is told of; None: they are fixed.
     """
 
     name: str

@@ -25,14 +25,16 @@ OTHER_FILES = re.compile(
     r"recipe\.toml|config\.json|bench\.json"
     r"|report/(index\.html|parity\.json|layers\.csv|images/[\w-][\w.-]*\.png)"
 )
+# Of pipeline.json.
+PIPELINE_VERSION = 1
 # What lies in a pipeline's folder beside its bundles.
 PIPELINE_FILES = re.compile(r"tokenizer(_\d+)?/tokenizer\.json|scheduler/scheduler_config\.json|report/parity\.json")
 # What a repository of the hub has beside a bundle, and what its client keeps: never read, so no part of the bundle.
 HUB_FILES = re.compile(r"README\.md|\.gitattributes|\.cache/huggingface/.+")
 
 
-class PipelineManifest(TypedDict):
-    """What is read here of pipeline.json."""
+class ListedParts(TypedDict):
+    """What is read here of pipeline.json, before it is verified (all of it: pipeline_bundle.py)."""
 
     schema_version: int
     components: dict[str, object]
@@ -53,7 +55,7 @@ def listed_files(folder: Path, has: Callable[[str], bool]) -> dict[str, int | No
             f"{folder} is not a bundle: it has no {MANIFEST_FILE} and no {PIPELINE_FILE}; give one that build wrote"
         )
     path = folder / PIPELINE_FILE
-    stated = read_json(path, PipelineManifest, Rules(version=manifest.SCHEMA_VERSION))
+    stated = read_json(path, ListedParts, Rules(version=PIPELINE_VERSION))
     bundles = [name for name in stated["components"] if has(_inside(folder, f"{name}/{MANIFEST_FILE}", path))]
     listed: dict[str, int | None] = {PIPELINE_FILE: None}
     for name in bundles:

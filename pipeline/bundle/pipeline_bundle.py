@@ -20,7 +20,7 @@ from export.documents import Rules, read_json, sha256
 from export.errors import ContractError
 from export.names import distinct, inside, is_hub_link
 from pipeline.bundle.bundle import Bundle, load_bundle, verify_listed
-from pipeline.bundle.contents import HUB_FILES, PIPELINE_FILES, STRANGE
+from pipeline.bundle.contents import HUB_FILES, PIPELINE_FILES, PIPELINE_VERSION, STRANGE
 from pipeline.bundle.hub import located
 from pipeline.bundle.manifest_schema import File, Name
 from pipeline.bundle.snapshot import REMEDY, verified_copy
@@ -31,8 +31,7 @@ from pipeline.generate.pipeline_classes import DECODER, TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE as SCHEDULER_FILE
 from pipeline.generate.tokenizer import TOKENIZER_FILE
 
-SCHEMA_VERSION = 1
-RULES = Rules(version=SCHEMA_VERSION)
+RULES = Rules(version=PIPELINE_VERSION)
 SCHEDULER = "scheduler"
 
 

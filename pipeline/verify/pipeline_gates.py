@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from pipeline.verify.report import Gate, Report
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ def _diffusers_pictures(
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> NDArray[np.floating]:
-    """Theirs, with the same engines in it."""
+    """Theirs, with the same engines in it. Guidance is not said: the default of ours is compared with theirs, too."""
     import torch
 
     model = LatentModel(source, keep_loaded=True)
@@ -189,16 +190,15 @@ def _diffusers_pictures(
         noise = SeededNoise([seed])
         latents = torch.from_numpy(noise((1, *model.latent_shape)))
         named = pipeline_arguments(pipe, bundle.components[TRANSFORMER].recipe.sampling, [prompt])
-        scale = {"guidance_scale": model.guidance_scale}
         if "latents" in inspect.signature(type(pipe).__call__).parameters:
             named["latents"] = latents
         with _noise_of(pipe.scheduler, noise, latents, pipe):
-            pictures.append(pipe(**named, **scale, num_inference_steps=STEPS, output_type="np").images)
+            pictures.append(pipe(**named, num_inference_steps=STEPS, output_type="np").images)
     return np.concatenate(pictures)
 
 
 @contextmanager
-def _noise_of(scheduler: object, noise: SeededNoise, latents: Any, pipe: object) -> Iterator[None]:
+def _noise_of(scheduler: object, noise: SeededNoise, latents: torch.Tensor, pipe: object) -> Iterator[None]:
     """Within, what a scheduler of diffusers draws is `noise`, and what its pipeline begins with is `latents`."""
     import torch
 
