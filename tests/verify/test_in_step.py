@@ -56,6 +56,7 @@ def calls(module: Small, *shapes: tuple[int, int]) -> list[Callable[[], Tensor]]
     return [partial(module, torch.randn(*shape, 4, generator=generator, dtype=torch.float64)) for shape in shapes]
 
 
+@pytest.mark.fast
 def test_passes_of_any_lengths_give_what_they_give_alone(module: Small) -> None:
     functions = calls(module, (2, 5), (1, 1), (3, 7))
     alone = [function() for function in functions]
@@ -83,6 +84,7 @@ def test_hooks_see_the_input_of_their_own_pass(module: Small) -> None:
     assert seen == [(2, 5, 4), (1, 1, 4)]
 
 
+@pytest.mark.fast
 def test_an_error_of_one_pass_ends_all_and_leaves_the_module_as_it_was(module: Small) -> None:
     right, _ = calls(module, (1, 2), (1, 2))
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
