@@ -10,6 +10,8 @@
 #include "exponential.h"
 #include "variants.h"
 
+enum { SPAN = 16 }; /* channels that go through all stages at once */
+
 /* Stages in order; a NULL input or output leaves its stage out. All floats are binary32, nothing is contracted:
  *
  *   linear = x * token_scale, then + bias         x [rows, n], token_scale [rows], bias [n]
@@ -52,66 +54,59 @@ INLINE void next_row(const Epilogue *it, EpilogueRow *at) {
   if (++at->row_of_gate == it->rows_per_gate) at->row_of_gate = 0, at->gate++;
 }
 
-/* x[rows, count] -> channels channel.. of rows [.., n] of `to`. */
-INLINE void store_rows(const float *x, int64_t rows, const int64_t count, float *to, int64_t n) {
-  for (int64_t row = 0; row < rows; row++) {
-    FEW_ELEMENTS
-    for (int64_t i = 0; i < count; i++) to[row * n + i] = x[row * count + i];
+/* A span of a row: 16 numbers in as many registers as the processor needs for them. */
+typedef float Span __attribute__((vector_size(4 * SPAN), aligned(4), may_alias));
+
+/* The first `count` of a span; the others are 0. count: a constant where this is inlined for whole spans. */
+INLINE void load_span(Span *x, const float *from, const int64_t count) {
+  if (count == SPAN) {
+    *x = *(const Span *)from;
+    return;
+  }
+  float numbers[SPAN] = {0};
+  memcpy(numbers, from, (size_t)count * sizeof *numbers);
+  *x = *(const Span *)numbers;
+}
+
+INLINE void store_span(const Span *x, float *to, const int64_t count) {
+  if (count == SPAN) *(Span *)to = *x;
+  else memcpy(to, x, (size_t)count * sizeof *to);
+}
+
+INLINE void store_heads(const Epilogue *it, const EpilogueRow *at, int64_t channel, const int64_t count, const Span *x) {
+  int64_t size = it->n / it->heads_out, skip = channel % size, apart = it->tokens * size;
+  float *to = it->y + ((at->sample * it->heads_out + channel / size) * it->tokens + at->token) * size;
+  if (count == SPAN && size - skip >= SPAN) {
+    *(Span *)(to + skip) = *x;
+    return;
+  }
+  const float *from = (const float *)x;
+  for (int64_t left = count, part; left; left -= part, from += part, to += apart, skip = 0) {
+    part = size - skip < left ? size - skip : left;
+    memcpy(to + skip, from, (size_t)part * sizeof *to);
   }
 }
 
-INLINE void store_heads(
-    const Epilogue *it, int64_t first, int64_t rows, int64_t channel, const int64_t count, const float *x) {
-  int64_t heads = it->heads_out, size = it->n / heads, first_head = channel / size, skipped = channel % size;
-  EpilogueRow at = epilogue_row(it, first);
-  for (int64_t row = 0; row < rows; row++, x += count, next_row(it, &at)) {
-    float *to = it->y + ((at.sample * heads + first_head) * it->tokens + at.token) * size;
-    for (int64_t done = 0, skip = skipped, part; done < count; done += part, skip = 0, to += it->tokens * size) {
-      part = size - skip < count - done ? size - skip : count - done;
-      for (int64_t i = 0; i < part; i++) to[skip + i] = x[done + i];
-    }
-  }
-}
-
-/* All stages of x[rows, count], channels channel.. of rows first.., in place. count: a constant where this is inlined
- * for a whole panel. */
-INLINE void finish_tile(
-    const Epilogue *it, int64_t first, int64_t rows, int64_t channel, const int64_t count, float bound, float *x) {
-  int64_t n = it->n, place = first * n + channel;
-  if (it->token_scale)
-    for (int64_t row = 0; row < rows; row++) {
-      float scale = it->token_scale[first + row];
-      FEW_ELEMENTS
-      for (int64_t i = 0; i < count; i++) x[row * count + i] *= scale;
-    }
-  if (it->bias)
-    for (int64_t row = 0; row < rows; row++) {
-      const float *bias = it->bias + channel;
-      FEW_ELEMENTS
-      for (int64_t i = 0; i < count; i++) x[row * count + i] += bias[i];
-    }
-  if (it->linear) store_rows(x, rows, count, it->linear + place, n);
+/* All stages of channels channel.. of a row. count: a constant where this is inlined for whole spans. */
+INLINE void finish_span(
+    const Epilogue *it, const EpilogueRow *at, int64_t row, int64_t channel, const int64_t count, float bound, Span *x) {
+  int64_t place = row * it->n + channel;
+  Span y = *x, other;
+  if (it->token_scale) y *= it->token_scale[row];
+  if (it->bias) load_span(&other, it->bias + channel, count), y += other;
+  if (it->linear) store_span(&y, it->linear + place, count);
   if (it->gelu) {
-    ELEMENTWISE
-    for (int64_t i = 0; i < rows * count; i++) x[i] = gelu(x[i], bound);
+    float numbers[SPAN];
+    *(Span *)numbers = y;
+    FEW_ELEMENTS
+    for (int i = 0; i < SPAN; i++) numbers[i] = gelu(numbers[i], bound);
+    y = *(Span *)numbers;
   }
-  if (it->gate) {
-    EpilogueRow at = epilogue_row(it, first);
-    for (int64_t row = 0; row < rows; row++, next_row(it, &at)) {
-      const float *gate = it->gate + at.gate * n + channel;
-      FEW_ELEMENTS
-      for (int64_t i = 0; i < count; i++) x[row * count + i] *= gate[i];
-    }
-  }
-  if (it->residual)
-    for (int64_t row = 0; row < rows; row++) {
-      const float *residual = it->residual + place + row * n;
-      FEW_ELEMENTS
-      for (int64_t i = 0; i < count; i++) x[row * count + i] += residual[i];
-    }
-  if (!it->y) return;
-  if (it->heads_out) store_heads(it, first, rows, channel, count, x);
-  else store_rows(x, rows, count, it->y + place, n);
+  if (it->gate) load_span(&other, it->gate + at->gate * it->n + channel, count), y *= other;
+  if (it->residual) load_span(&other, it->residual + place, count), y += other;
+  if (it->heads_out && it->y) store_heads(it, at, channel, count, &y);
+  else if (it->y) store_span(&y, it->y + place, count);
+  *x = y;
 }
 
 #endif

@@ -19,33 +19,33 @@ static int64_t filled(int64_t k) { return (k + OCTET - 1) / OCTET * OCTET; }
 
 /* --- any processor -------------------------------------------------------------------------------------------- */
 
-static const int8_t *decode_plain(const Block *block, Scratch *scratch) {
+static const int8_t *decode_plain(const Block *block, int8_t *decoded) {
   const int8_t *table = block->gemm->table;
   if (!table) return stored_bytes(block);
   for (int64_t octet = 0; octet < block->k / OCTET; octet++) {
     const uint8_t *codes = block->weight + (block->k0 / OCTET + octet) * BYTES;
-    int8_t *out = scratch->decoded + octet * 2 * BYTES;
+    int8_t *out = decoded + octet * 2 * BYTES;
     for (int i = 0; i < BYTES; i++) {
       int factor = multiplier(block, block->k0 + octet * OCTET, i / QUAD);
       out[i] = (int8_t)(table[codes[i] & 15] * factor);
       out[BYTES + i] = (int8_t)(table[codes[i] >> 4] * factor);
     }
   }
-  return scratch->decoded;
+  return decoded;
 }
 
 static void add_plain(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   for (int64_t row = 0; row < rows; row++) {
     uint32_t total[PANEL] = {0};
     for (int64_t i = 0; i < block->k; i++) {
-      const int8_t *w = block->w + i / QUAD * BYTES + i % QUAD;
+      const int8_t *w = block->w[0] + i / QUAD * BYTES + i % QUAD;
       for (int c = 0; c < PANEL; c++) total[c] += (uint32_t)(a[row * stride + i] * w[c * QUAD]);
     }
     for (int c = 0; c < PANEL; c++) sums[row * PANEL + c] = (int32_t)((uint32_t)sums[row * PANEL + c] + total[c]);
   }
 }
 
-static const Variant PLAIN = {"plain", 0, decode_plain, add_plain, NULL, NULL};
+static const Variant PLAIN = {"plain", 0, 1, MAX_ROWS, decode_plain, add_plain, NULL, NULL};
 
 /* --- which variant ------------------------------------------------------------------------------------------------ */
 
@@ -143,9 +143,8 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static int64_t lay_out(const PackedGemm *gemm, char *memory, Scratch *scratch) {
   int64_t rows = gemm->rows < MAX_ROWS ? gemm->rows : MAX_ROWS, k = filled(gemm->k), used = 0;
   int64_t block = k < K_BLOCK ? k : K_BLOCK, tail = k == gemm->k ? 0 : aligned(rows * k);
-  int64_t sums = aligned(rows * PANEL * 4), low = gemm->low_codes ? 1 : 0;
-  int64_t decoded = aligned((2 * k < K_BLOCK ? 2 * k : K_BLOCK) * PANEL), factors = aligned(block / QUAD * 2 * PANEL * 2);
-  int64_t totals = gemm->sums > 1 ? sums : 0;
+  int64_t sums = rows * MOST_PANELS * PANEL * 4, low = gemm->low_codes ? 1 : 0, totals = gemm->sums > 1 ? sums : 0;
+  int64_t decoded = MOST_PANELS * block * PANEL, factors = aligned(block / QUAD * 2 * PANEL * 2);
   int64_t sizes[] = {sums, low * sums, totals, decoded, factors, tail, low * tail};
   void *parts[7];
   for (int i = 0; i < 7; i++) parts[i] = memory ? memory + used : NULL, used += sizes[i];
@@ -174,94 +173,109 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
   return copy;
 }
 
-enum { FINISHED_ROWS = 64 }; /* at a time: 4 KiB, which stay in the first-level cache from stage to stage */
+typedef int32_t Integers __attribute__((vector_size(4 * PANEL), aligned(4), may_alias));
+typedef uint32_t Modulo __attribute__((vector_size(4 * PANEL), aligned(4), may_alias)); /* 2^32 */
 
 /* Rows first.. of stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals
- * of the stretches before it; the last one's are the product, which the epilogue takes on. offset: the rows' place in
- * the scratch. count: channels, a constant where this is inlined for a whole panel. */
+ * of the stretches before it; the last one's are the product, which the epilogue takes on. sums, low and totals:
+ * `stride` numbers from row to row. count: channels, a constant where this is inlined for a whole panel. */
 INLINE void finish_stretch(
-    const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t offset,
-    int64_t rows, const Scratch *scratch, float bound) {
-  const float *scale = gemm->scale + s * gemm->scales / gemm->sums * gemm->n + channel;
+    const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t rows,
+    const int32_t *sums, const int32_t *low, float *totals, int64_t stride, float bound) {
+  const Epilogue *epilogue = &gemm->epilogue;
   const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
-  const int32_t *sums = scratch->sums[0] + offset * PANEL, *low = NULL;
-  if (gemm->low_codes) low = scratch->sums[1] + offset * PANEL;
-  uint32_t weight = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (weight + (low ? 1 : 0));
-  float x[FINISHED_ROWS * PANEL], *totals = scratch->totals + offset * PANEL;
-  uint32_t of_zero[PANEL];
+  const float *group_scale = NULL;
+  if (gemm->group_scale)
+    group_scale = gemm->group_scale + first * gemm->group_scales + s * gemm->group_scales / gemm->sums;
+  uint32_t limb = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (limb + (low ? 1 : 0));
+  EpilogueRow at = epilogue_row(epilogue, first);
+  Modulo of_zero = {0};
+  Span scale;
+  load_span(&scale, gemm->scale + s * gemm->scales / gemm->sums * gemm->n + channel, count);
   for (int64_t i = 0; i < count; i++) of_zero[i] = factor * (uint32_t)weight_sum[i];
-  for (int64_t row = 0; row < rows; row++) {
-    FEW_ELEMENTS
-    for (int64_t i = 0; i < count; i++) {
-      uint32_t sum = (uint32_t)sums[row * PANEL + i] * weight - of_zero[i];
-      x[row * count + i] = (float)(int32_t)(low ? sum + (uint32_t)low[row * PANEL + i] : sum);
+  for (int64_t row = first; row < first + rows; row++, next_row(epilogue, &at)) {
+    Modulo sum = *(const Modulo *)sums;
+    if (low) sum = sum * limb + *(const Modulo *)low;
+    sum -= of_zero;
+    Span x = __builtin_convertvector((Integers)sum, Span);
+    if (gemm->integer_sums) store_span(&x, gemm->integer_sums + (s * gemm->rows + row) * gemm->n + channel, count);
+    x *= scale;
+    if (group_scale) x *= *group_scale, group_scale += gemm->group_scales;
+    if (s) x += *(const Span *)totals;
+    if (s + 1 < gemm->sums) {
+      *(Span *)totals = x;
+    } else {
+      if (gemm->product) store_span(&x, gemm->product + row * gemm->n + channel, count);
+      finish_span(epilogue, &at, row, channel, count, bound, &x);
     }
+    sums += stride, totals += stride;
+    if (low) low += stride;
   }
-  int64_t place = first * gemm->n + channel;
-  if (gemm->integer_sums) store_rows(x, rows, count, gemm->integer_sums + s * gemm->rows * gemm->n + place, gemm->n);
-  for (int64_t row = 0; row < rows; row++) {
-    FEW_ELEMENTS
-    for (int64_t i = 0; i < count; i++) x[row * count + i] *= scale[i];
-  }
-  if (gemm->group_scale) {
-    const float *group_scale = gemm->group_scale + first * gemm->group_scales + s * gemm->group_scales / gemm->sums;
-    for (int64_t row = 0; row < rows; row++) {
-      FEW_ELEMENTS
-      for (int64_t i = 0; i < count; i++) x[row * count + i] *= group_scale[row * gemm->group_scales];
-    }
-  }
-  if (s) {
-    ELEMENTWISE
-    for (int64_t i = 0; i < rows * count; i++) x[i] += totals[i];
-  }
-  if (s + 1 < gemm->sums) {
-    memcpy(totals, x, (size_t)(rows * count) * sizeof *x);
-    return;
-  }
-  if (gemm->product) store_rows(x, rows, count, gemm->product + place, gemm->n);
-  finish_tile(&gemm->epilogue, first, rows, channel, count, bound, x);
 }
 
+/* Rows of stretch s of `panels` panels side by side; offset: the first row's place in the scratch. */
 VARIANTS void finish_rows(
-    const PackedGemm *gemm, int64_t panel, int64_t s, int64_t first, int64_t rows, const Scratch *scratch,
-    float bound) {
-  int64_t channel = panel * PANEL, count = gemm->n - channel;
-  for (int64_t done = 0, part; done < rows; done += part) {
-    part = rows - done < FINISHED_ROWS ? rows - done : FINISHED_ROWS;
-    if (count >= PANEL) finish_stretch(gemm, channel, PANEL, s, first + done, done, part, scratch, bound);
-    else finish_stretch(gemm, channel, count, s, first + done, done, part, scratch, bound);
+    const PackedGemm *gemm, int64_t panel, int panels, int64_t s, int64_t first, int64_t offset, int64_t rows,
+    const Scratch *scratch, float bound) {
+  int64_t stride = panels * PANEL;
+  for (int part = 0; part < panels; part++) {
+    int64_t channel = (panel + part) * PANEL, count = gemm->n - channel, place = offset * stride + part * PANEL;
+    const int32_t *sums = scratch->sums[0] + place, *low = gemm->low_codes ? scratch->sums[1] + place : NULL;
+    float *totals = scratch->totals + place;
+    if (count >= PANEL) finish_stretch(gemm, channel, PANEL, s, first, rows, sums, low, totals, stride, bound);
+    else finish_stretch(gemm, channel, count, s, first, rows, sums, low, totals, stride, bound);
   }
 }
 
-void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t last, void *memory) {
-  const Variant *variant = packed_gemm_chosen();
-  int64_t k = filled(gemm->k), rows = last - first, panel_bytes = gemm->table ? k * PANEL / 2 : k * PANEL;
-  int limbs = gemm->low_codes ? 2 : 1;
-  const uint8_t *codes[] = {gemm->codes, gemm->low_codes};
-  Scratch scratch;
-  lay_out(gemm, memory, &scratch);
-  for (int limb = 0; limb < limbs; limb++)
-    codes[limb] = whole_octets(gemm, codes[limb] + first * gemm->k, rows, scratch.tail[limb]);
-  Block block = {.gemm = gemm, .weight = gemm->weight + panel * panel_bytes, .factors = scratch.factors};
-  if (gemm->multipliers) block.multipliers = gemm->multipliers + panel * (gemm->k / gemm->group) * PANEL;
-  const int run = variant->adds_pairs ? run_of(gemm) : 0;
+/* Rows of `block->panels` panels from `panel` on. */
+static void multiply(
+    const PackedGemm *gemm, const Variant *variant, Block *block, int64_t panel, int64_t first, int64_t last,
+    const uint8_t *const codes[2], Scratch *scratch) {
+  const int64_t k = filled(gemm->k), all = last - first, stride = block->panels * PANEL;
+  const int64_t panel_bytes = gemm->table ? k * PANEL / 2 : k * PANEL;
+  const int run = variant->adds_pairs ? run_of(gemm) : 0, limbs = gemm->low_codes ? 2 : 1;
   int64_t most = variant->adds_pairs && !run ? K_BLOCK / 2 : K_BLOCK; /* weights of 16 bits are as many bytes */
   int64_t spread = 0; /* factors that are there: where there are no multipliers all are 1, for runs of any length */
   for (int64_t s = 0, end = 0; s < gemm->sums; s++) {
     int64_t start = end;
     end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
-    for (int limb = 0; limb < limbs; limb++)
-      memset(scratch.sums[limb], 0, (size_t)(rows * PANEL) * sizeof(int32_t));
-    for (block.k0 = start; block.k0 < end; block.k0 += block.k) {
-      block.k = end - block.k0 < most ? end - block.k0 : most;
-      block.run = run;
-      block.w = variant->decode(&block, &scratch);
-      if (run && variant->longer_run) block.run = variant->longer_run(&block);
-      int64_t runs = block.run ? block.k / (block.run * QUAD) : 0;
-      if (block.multipliers ? run : runs > spread) spread_factors(&block, scratch.factors), spread = runs;
-      for (int limb = 0; limb < limbs; limb++)
-        variant->add(&block, codes[limb] + block.k0, k, rows, scratch.sums[limb]);
+    for (block->k0 = start; block->k0 < end; block->k0 += block->k) {
+      block->k = end - block->k0 < most ? end - block->k0 : most;
+      block->run = run;
+      for (int part = 0; part < block->panels; part++) {
+        block->weight = gemm->weight + (panel + part) * panel_bytes;
+        if (gemm->multipliers) block->multipliers = gemm->multipliers + (panel + part) * (gemm->k / gemm->group) * PANEL;
+        block->w[part] = variant->decode(block, scratch->decoded + part * K_BLOCK * PANEL);
+      }
+      if (run && variant->longer_run) block->run = variant->longer_run(block);
+      int64_t runs = block->run ? block->k / (block->run * QUAD) : 0;
+      if (block->multipliers ? run : runs > spread) spread_factors(block, scratch->factors), spread = runs;
+      for (int64_t row = 0, rows; row < all; row += rows) {
+        rows = all - row < variant->rows ? all - row : variant->rows;
+        for (int limb = 0; limb < limbs; limb++) {
+          int32_t *sums = scratch->sums[limb] + row * stride;
+          if (block->k0 == start) memset(sums, 0, (size_t)(rows * stride) * sizeof *sums);
+          variant->add(block, codes[limb] + row * k + block->k0, k, rows, sums);
+        }
+        if (block->k0 + block->k == end)
+          finish_rows(gemm, panel, block->panels, s, first + row, row, rows, scratch, EXP_BOUND);
+      }
     }
-    finish_rows(gemm, panel, s, first, rows, &scratch, EXP_BOUND);
+  }
+}
+
+void packed_gemm_panels(
+    const PackedGemm *gemm, int64_t panel, int64_t end, int64_t first, int64_t last, void *memory) {
+  const Variant *variant = packed_gemm_chosen();
+  const uint8_t *codes[2] = {gemm->codes, gemm->low_codes};
+  Scratch scratch;
+  lay_out(gemm, memory, &scratch);
+  for (int limb = 0; limb < 2; limb++)
+    if (codes[limb])
+      codes[limb] = whole_octets(gemm, codes[limb] + first * gemm->k, last - first, scratch.tail[limb]);
+  for (; panel < end; panel += variant->panels) {
+    Block block = {.gemm = gemm, .factors = scratch.factors};
+    block.panels = end - panel < variant->panels ? (int)(end - panel) : variant->panels;
+    multiply(gemm, variant, &block, panel, first, last, codes, &scratch);
   }
 }

@@ -54,10 +54,10 @@ typedef struct PackedGemm {
  * would fetch them anew, which costs more than to decode it again. */
 enum { MAX_ROWS = 256 };
 
-/* Bytes of scratch, aligned to 64, that one call of packed_gemm_panel needs. */
+/* Bytes of scratch, aligned to 64, that one call of packed_gemm_panels needs. */
 int64_t packed_gemm_scratch(const PackedGemm *gemm);
-/* Rows first..last-1 (at most MAX_ROWS) of the 16 channels of a panel. */
-void packed_gemm_panel(const PackedGemm *gemm, int64_t panel, int64_t first, int64_t last, void *scratch);
+/* Rows first..last-1 (at most MAX_ROWS) of the channels of panels panel..end-1. */
+void packed_gemm_panels(const PackedGemm *gemm, int64_t panel, int64_t end, int64_t first, int64_t last, void *scratch);
 /* For tests: let this variant make all products from now on, NULL: the fastest one. 0 if this processor lacks it. */
 int packed_gemm_force(const char *name);
 const char *packed_gemm_variant(void);

@@ -102,7 +102,7 @@ TARGET_AMX INLINE void tiles_amx(
 }
 
 TARGET_AMX static void add_amx(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   int64_t k = block->k, left = k % TILE_BYTES;
   const int64_t four = 4 * TILE_ROWS;
   if (rows >= TILE_ROWS) configure(TILE_ROWS, left);
@@ -129,5 +129,5 @@ TARGET_AMX int64_t packed_gemm_amx_products(int64_t turns) {
   return turns * 4 * TILE_ROWS * TILE_BYTES * PANEL;
 }
 
-const Variant PACKED_GEMM_AMX = {"amx_int8", 0, packed_gemm_decode_vnni, add_amx, NULL, NULL};
+const Variant PACKED_GEMM_AMX = {"amx_int8", 0, 1, 4 * TILE_ROWS, packed_gemm_decode_vnni, add_amx, NULL, NULL};
 #endif

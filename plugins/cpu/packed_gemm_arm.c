@@ -7,7 +7,7 @@
 
 #define TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 
-TARGET_DOT static const int8_t *decode_dot(const Block *block, Scratch *scratch) {
+TARGET_DOT static const int8_t *decode_dot(const Block *block, int8_t *decoded) {
   if (!block->gemm->table) return stored_bytes(block);
   const int8x16_t table = vld1q_s8(block->gemm->table);
   const uint8_t *codes = block->weight + block->k0 / OCTET * BYTES;
@@ -16,13 +16,13 @@ TARGET_DOT static const int8_t *decode_dot(const Block *block, Scratch *scratch)
       uint8x16_t both = vld1q_u8(codes + octet * BYTES + part);
       int8x16_t first = vqtbl1q_s8(table, vandq_u8(both, vdupq_n_u8(15)));
       int8x16_t second = vqtbl1q_s8(table, vshrq_n_u8(both, 4));
-      int8_t factors[16], *out = scratch->decoded + octet * 2 * BYTES + part;
+      int8_t factors[16], *out = decoded + octet * 2 * BYTES + part;
       for (int i = 0; i < 16; i++)
         factors[i] = (int8_t)multiplier(block, block->k0 + octet * OCTET, (part + i) / QUAD);
       vst1q_s8(out, vmulq_s8(first, vld1q_s8(factors)));
       vst1q_s8(out + BYTES, vmulq_s8(second, vld1q_s8(factors)));
     }
-  return scratch->decoded;
+  return decoded;
 }
 
 /* a - 128 is a signed byte; what it takes off, 128 times the weights, is added to what the sums start with. */
@@ -54,11 +54,11 @@ TARGET_DOT INLINE void tile_dot(
 
 TARGET_DOT static void add_dot(
     const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   int64_t k = block->k;
   for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_dot(4, a, stride, k, w, sums);
   for (; rows; rows--, a += stride, sums += PANEL) tile_dot(1, a, stride, k, w, sums);
 }
 
-const Variant PACKED_GEMM_DOT = {"dotprod", 0, decode_dot, add_dot, NULL, NULL};
+const Variant PACKED_GEMM_DOT = {"dotprod", 0, 1, 64, decode_dot, add_dot, NULL, NULL};
 #endif

@@ -15,13 +15,13 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-__attribute__((target("avx2"))) void packed_gemm_decode_avx2(const Block *block, Scratch *scratch) {
+__attribute__((target("avx2"))) void packed_gemm_decode_avx2(const Block *block, int8_t *decoded) {
   const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block->gemm->table));
   const __m256i low = _mm256_set1_epi8(15);
   const uint8_t *codes = block->weight + block->k0 / OCTET * BYTES;
   for (int64_t i = 0; i < block->k / OCTET * BYTES; i += 32) {
     __m256i both = _mm256_loadu_si256((const __m256i *)(codes + i));
-    int8_t *out = scratch->decoded + i / BYTES * 2 * BYTES + i % BYTES;
+    int8_t *out = decoded + i / BYTES * 2 * BYTES + i % BYTES;
     _mm256_store_si256((__m256i *)out, _mm256_shuffle_epi8(table, _mm256_and_si256(both, low)));
     __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
     _mm256_store_si256((__m256i *)(out + BYTES), _mm256_shuffle_epi8(table, high));
@@ -68,7 +68,7 @@ enum { RUN_ROWS = 4, LAG = 2, LONGEST_RUN = 16 };
 /* At most RUN_ROWS rows, runs of `run` quads: both constants where this is inlined. */
 TARGET_AVX2 INLINE void tile_of_runs(
     const int rows, const int run, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   const int16_t *factors = block->factors;
   const uint8_t *codes[RUN_ROWS];
 #pragma GCC unroll 4
@@ -116,7 +116,7 @@ TARGET_AVX2 INLINE void tile_of_runs(
 /* At most SHORT_ROWS rows, runs of 1 or 2 quads: sums stay in registers. */
 TARGET_AVX2 INLINE void tile_of_short_runs(
     const int rows, const int run, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   const int16_t *factors = block->factors;
   const uint8_t *codes[SHORT_ROWS];
   __m256i left[SHORT_ROWS], right[SHORT_ROWS];
@@ -181,7 +181,7 @@ TARGET_AVX2 INLINE void wide_tile(
     const int rows, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
   uint8_t memory[WIDE_ROWS * K_BLOCK] __attribute__((aligned(32))), *wide = memory;
   __m256i left[WIDE_ROWS], right[WIDE_ROWS];
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   widen_codes(rows, a, stride, block->k, wide);
 #pragma GCC unroll 8
   for (int row = 0; row < rows; row++)
@@ -203,16 +203,16 @@ TARGET_AVX2 INLINE void wide_tile(
 }
 
 /* Each quad [64] of bytes as [2, 32] of 16 bits: input channels 0 and 2 of 16 channels, then 1 and 3. */
-TARGET_AVX2 static const int8_t *widened(const Block *block, Scratch *scratch) {
+TARGET_AVX2 static const int8_t *widened(const Block *block, int8_t *decoded) {
   const int8_t *bytes = stored_bytes(block);
-  __m256i *out = (__m256i *)scratch->decoded;
+  __m256i *out = (__m256i *)decoded;
   for (int64_t i = 0; i < block->k; i += QUAD, bytes += BYTES, out += 4)
     for (int half = 0; half < 2; half++) {
       __m256i both = load(bytes + half * 32);
       _mm256_store_si256(out + half, _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8));
       _mm256_store_si256(out + 2 + half, _mm256_srai_epi16(both, 8));
     }
-  return scratch->decoded;
+  return decoded;
 }
 
 enum { ROWS_TO_LOOK = 32 }; /* fewer do not pay for the look at the weights */
@@ -220,7 +220,7 @@ enum { ROWS_TO_LOOK = 32 }; /* fewer do not pay for the look at the weights */
 /* Twice `run`, where that stays in 16 bits with the weights that the block has. */
 TARGET_AVX2 static int longer_run(const Block *block) {
   const int run = 2 * block->run, span = run * QUAD;
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   const __m256i ones = _mm256_set1_epi8(1);
   __m256i widest = _mm256_setzero_si256();
   if (!run || run > LONGEST_RUN || block->gemm->rows < ROWS_TO_LOOK || block->k % span) return block->run;
@@ -238,9 +238,9 @@ TARGET_AVX2 static int longer_run(const Block *block) {
   return _mm256_testz_si256(beyond, beyond) ? run : block->run;
 }
 
-static const int8_t *decode_avx2(const Block *block, Scratch *scratch) {
-  if (block->gemm->table) return packed_gemm_decode_avx2(block, scratch), scratch->decoded;
-  return block->run ? stored_bytes(block) : widened(block, scratch);
+static const int8_t *decode_avx2(const Block *block, int8_t *decoded) {
+  if (block->gemm->table) return packed_gemm_decode_avx2(block, decoded), decoded;
+  return block->run ? stored_bytes(block) : widened(block, decoded);
 }
 
 #define ALL_ROWS(name, most, ...)                                                                                      \
@@ -367,5 +367,5 @@ static void add_avx2(const Block *block, const uint8_t *a, int64_t stride, int64
                 : no_runs)(block, a, stride, rows, sums);
 }
 
-const Variant PACKED_GEMM_AVX2 = {"avx2", 1, decode_avx2, add_avx2, longer_run, mark_heavy};
+const Variant PACKED_GEMM_AVX2 = {"avx2", 1, 1, 96, decode_avx2, add_avx2, longer_run, mark_heavy};
 #endif

@@ -23,12 +23,12 @@ TARGET_I8MM INLINE int8x16_t spread(const uint8_t *multipliers) {
 }
 
 /* [k / 8, 16, 8]: 8 input channels of 16 channels. */
-TARGET_I8MM static const int8_t *decode_i8mm(const Block *block, Scratch *scratch) {
+TARGET_I8MM static const int8_t *decode_i8mm(const Block *block, int8_t *decoded) {
   const int8_t *table = block->gemm->table, *stored = table ? NULL : stored_bytes(block);
   const uint8_t *codes = block->weight + block->k0 / OCTET * BYTES;
   for (int64_t octet = 0; octet < block->k / OCTET; octet++)
     for (int part = 0; part < BYTES; part += 16) {
-      int8_t *out = scratch->decoded + octet * 2 * BYTES + part * 2;
+      int8_t *out = decoded + octet * 2 * BYTES + part * 2;
       if (!table) {
         const int8_t *w = stored + octet * 2 * BYTES + part;
         store_octets(out, vld1q_s8(w), vld1q_s8(w + BYTES));
@@ -44,7 +44,7 @@ TARGET_I8MM static const int8_t *decode_i8mm(const Block *block, Scratch *scratc
       }
       store_octets(out, first, second);
     }
-  return scratch->decoded;
+  return decoded;
 }
 
 /* `pairs` pairs of rows; `alone`: a single row, which stands in for its own neighbour. */
@@ -76,12 +76,12 @@ TARGET_I8MM INLINE void tile_i8mm(
 }
 
 TARGET_I8MM static void add_i8mm(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   int64_t k = block->k;
   for (; rows >= 6; rows -= 6, a += 6 * stride, sums += 6 * PANEL) tile_i8mm(3, a, stride, 0, k, w, sums);
   for (; rows >= 2; rows -= 2, a += 2 * stride, sums += 2 * PANEL) tile_i8mm(1, a, stride, 0, k, w, sums);
   if (rows) tile_i8mm(1, a, stride, 1, k, w, sums);
 }
 
-const Variant PACKED_GEMM_I8MM = {"i8mm", 0, decode_i8mm, add_i8mm, NULL, NULL};
+const Variant PACKED_GEMM_I8MM = {"i8mm", 0, 1, 60, decode_i8mm, add_i8mm, NULL, NULL};
 #endif

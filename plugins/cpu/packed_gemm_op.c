@@ -1,4 +1,4 @@
-/* Custom op PackedGemm: onnxruntime's tensors in, packed_gemm_panel on onnxruntime's threads. */
+/* Custom op PackedGemm: onnxruntime's tensors in, packed_gemm_panels on onnxruntime's threads. */
 #include "epilogue_op.h"
 #include "ort_op.h"
 #include "packed_gemm.h"
@@ -58,8 +58,8 @@ static void run_task(void *data, size_t index) {
     work->failed = 1;
     return;
   }
-  for (; panel < end && panel < work->panels; panel++)
-    packed_gemm_panel(gemm, panel, first, last < gemm->rows ? last : gemm->rows, scratch);
+  packed_gemm_panels(
+      gemm, panel, end < work->panels ? end : work->panels, first, last < gemm->rows ? last : gemm->rows, scratch);
   give_scratch(scratch);
 }
 
@@ -89,6 +89,7 @@ static Status *compute(void *data, KernelContext *context) {
   int64_t blocks = (gemm->rows + MAX_ROWS - 1) / MAX_ROWS;
   work.rows_per_block = (gemm->rows + blocks - 1) / blocks;
   work.panels_per_task = PRODUCTS_PER_TASK / (work.rows_per_block * gemm->k * PANEL) + 1;
+  work.panels_per_task += work.panels_per_task % 2; /* some variants take two at once */
   work.tasks_per_block = (work.panels + work.panels_per_task - 1) / work.panels_per_task;
   TRY(CALL(api, parallel_for)(context, run_task, (size_t)(blocks * work.tasks_per_block), 0, &work));
   return work.failed ? CALL(api, create_status)(FAIL, "PackedGemm: out of memory") : NULL;

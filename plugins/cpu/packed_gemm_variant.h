@@ -5,24 +5,25 @@
 #include "packed_gemm.h"
 #include "variants.h"
 
-enum { BYTES = PANEL * QUAD, MAX_RUN = 8, STRETCH = 16 };
+enum { BYTES = PANEL * QUAD, MAX_RUN = 8, STRETCH = 16, MOST_PANELS = 2 };
 
-/* Where one panel is worked on: a block of decoded weights, its multipliers, and the sums of all rows. */
+/* Where panels are worked on: a block of decoded weights, its multipliers, and the sums of all rows. */
 typedef struct Scratch {
-  int32_t *sums[2];  /* [rows, 16] of each limb */
-  float *totals;     /* [rows, 16], over the stretches so far; of no size where there is one */
-  int8_t *decoded;   /* [k / 4, 64]: 4 input channels of 16 channels; twice as much where a variant widens them */
+  int32_t *sums[2];  /* [rows, panels, 16] of each limb */
+  float *totals;     /* [rows, panels, 16], over the stretches so far; of no size where there is one */
+  int8_t *decoded;   /* [panels, k / 4, 64]: 4 input channels of 16 channels; twice as much where a variant widens them */
   int16_t *factors;  /* [runs, 32]: the multiplier of each channel twice */
   uint8_t *tail[2];  /* [rows, k filled up] of each limb, where k is no multiple of 8 */
 } Scratch;
 
-/* One block of input channels: k0..k0 + k - 1 of the panel. */
+/* One block of input channels: k0..k0 + k - 1 of a panel, or of some that lie side by side. */
 typedef struct Block {
   const PackedGemm *gemm;
-  const uint8_t *weight, *multipliers; /* of the panel */
+  const uint8_t *weight, *multipliers; /* of the panel that is decoded */
   int64_t k0, k;
+  int panels; /* that `add` is for */
   int run;                 /* quads whose sums of pairs fit 16 bits; 0: not even one's */
-  const int8_t *w;         /* what `decode` has returned, for `add` */
+  const int8_t *w[MOST_PANELS]; /* what `decode` has returned, for `add` */
   const int16_t *factors;  /* [runs, 32], where the variant adds pairs */
   /* [rows, stretches of 16 input channels], rows `heavy_row` bytes apart: 1 where that row's codes may leave 16 bits, see
    * mark_heavy. NULL: nobody has looked. There are no multipliers where it is given. */
@@ -34,9 +35,11 @@ typedef struct Block {
 typedef struct Variant {
   const char *name;
   int adds_pairs; /* in 16 bits: it reads `run`, and applies multipliers to sums of runs; else they are in the weight */
+  int panels;     /* at most, that `add` takes */
+  int rows;       /* that `add` and what follows are done to before the next ones: of few, sums stay in the nearest cache */
   /* The block's weight as `add` reads it: decoded into the scratch, or, of a weight of bytes, where it is stored. */
-  const int8_t *(*decode)(const Block *, Scratch *);
-  /* sums[rows, 16] += a[rows, k] * weight; a row of `a` is `stride` bytes long. */
+  const int8_t *(*decode)(const Block *, int8_t *decoded);
+  /* sums[rows, panels, 16] += a[rows, k] * weight; a row of `a` is `stride` bytes long. */
   void (*add)(const Block *, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums);
   /* NULL, or: a run for a decoded block, at least its `run`, by the weights that it has. */
   int (*longer_run)(const Block *);
@@ -56,11 +59,11 @@ const Variant *packed_gemm_chosen(void);
 
 #if defined(__x86_64__)
 extern const Variant PACKED_GEMM_AVX2, PACKED_GEMM_AVX_VNNI, PACKED_GEMM_AVX512_VNNI, PACKED_GEMM_AMX;
-const int8_t *packed_gemm_decode_vnni(const Block *, Scratch *);
+const int8_t *packed_gemm_decode_vnni(const Block *, int8_t *decoded);
 /* `turns` times the products of four tiles, for limits.c; their number. */
 int64_t packed_gemm_amx_products(int64_t turns);
 int packed_gemm_has_amx(void); /* where it has, this process may use it from now on */
-void packed_gemm_decode_avx2(const Block *, Scratch *); /* without multipliers */
+void packed_gemm_decode_avx2(const Block *, int8_t *decoded); /* without multipliers */
 #elif defined(__aarch64__)
 extern const Variant PACKED_GEMM_DOT, PACKED_GEMM_I8MM;
 #endif

@@ -16,23 +16,23 @@ TARGET_VNNI_256 INLINE __m256i multiply_bytes_256(__m256i x, __m256i y) {
   return _mm256_or_si256(_mm256_and_si256(even, _mm256_set1_epi16(255)), _mm256_slli_epi16(odd, 8));
 }
 
-TARGET_VNNI_256 static const int8_t *decode_vnni_256(const Block *block, Scratch *scratch) {
+TARGET_VNNI_256 static const int8_t *decode_vnni_256(const Block *block, int8_t *decoded) {
   const __m256i four_times = _mm256_set1_epi32(0x01010101);
   if (!block->gemm->table) return stored_bytes(block);
-  packed_gemm_decode_avx2(block, scratch);
-  if (!block->multipliers) return scratch->decoded;
+  packed_gemm_decode_avx2(block, decoded);
+  if (!block->multipliers) return decoded;
   for (int64_t octet = 0; octet < block->k / OCTET; octet++) {
     const uint8_t *group = block->multipliers + (block->k0 + octet * OCTET) / block->gemm->group * PANEL;
     for (int half = 0; half < 2; half++) {
       __m256i factors = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(group + half * PANEL / 2)));
       factors = _mm256_mullo_epi32(factors, four_times);
       for (int quad = 0; quad < 2; quad++) {
-        __m256i *w = (__m256i *)(scratch->decoded + (octet * 2 + quad) * BYTES + half * 32);
+        __m256i *w = (__m256i *)(decoded + (octet * 2 + quad) * BYTES + half * 32);
         _mm256_store_si256(w, multiply_bytes_256(_mm256_load_si256(w), factors));
       }
     }
   }
-  return scratch->decoded;
+  return decoded;
 }
 
 TARGET_VNNI_256 INLINE void tile_vnni_256(
@@ -61,14 +61,14 @@ TARGET_VNNI_256 INLINE void tile_vnni_256(
 
 TARGET_VNNI_256 static void add_vnni_256(
     const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const int8_t *w = block->w;
+  const int8_t *w = block->w[0];
   int64_t k = block->k;
   for (; rows >= 6; rows -= 6, a += 6 * stride, sums += 6 * PANEL) tile_vnni_256(6, a, stride, k, w, sums);
   for (; rows >= 2; rows -= 2, a += 2 * stride, sums += 2 * PANEL) tile_vnni_256(2, a, stride, k, w, sums);
   if (rows) tile_vnni_256(1, a, stride, k, w, sums);
 }
 
-const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, decode_vnni_256, add_vnni_256, NULL, NULL};
+const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, 1, 60, decode_vnni_256, add_vnni_256, NULL, NULL};
 
 /* --- AVX-512 VNNI: four products in 32 bits ---------------------------------------------------------------------- */
 
@@ -80,7 +80,7 @@ TARGET_VNNI INLINE __m512i multiply_bytes(__m512i x, __m512i y) {
   return _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi16(255)), _mm512_slli_epi16(odd, 8));
 }
 
-TARGET_VNNI const int8_t *packed_gemm_decode_vnni(const Block *block, Scratch *scratch) {
+TARGET_VNNI const int8_t *packed_gemm_decode_vnni(const Block *block, int8_t *decoded) {
   if (!block->gemm->table) return stored_bytes(block);
   const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block->gemm->table));
   const __m512i low = _mm512_set1_epi8(15), four_times = _mm512_set1_epi32(0x01010101);
@@ -95,36 +95,65 @@ TARGET_VNNI const int8_t *packed_gemm_decode_vnni(const Block *block, Scratch *s
       factors = _mm512_mullo_epi32(factors, four_times);
       first = multiply_bytes(first, factors), second = multiply_bytes(second, factors);
     }
-    _mm512_store_si512(scratch->decoded + octet * 2 * BYTES, first);
-    _mm512_store_si512(scratch->decoded + octet * 2 * BYTES + BYTES, second);
+    _mm512_store_si512(decoded + octet * 2 * BYTES, first);
+    _mm512_store_si512(decoded + octet * 2 * BYTES + BYTES, second);
   }
-  return scratch->decoded;
+  return decoded;
 }
 
+enum { VNNI_ROWS = 12 }; /* with 2 panels 24 sums, 2 weights and codes: of 32 registers */
+
+/* Rows are addressed from every third one, with the stride once and twice, and `octet` input channels by constants. */
 TARGET_VNNI INLINE void tile_vnni(
-    const int rows, const uint8_t *a, int64_t stride, int64_t k, const int8_t *w, int32_t *sums) {
-  __m512i total[12];
-  for (int row = 0; row < rows; row++) total[row] = _mm512_loadu_si512(sums + row * PANEL);
-  for (int64_t i = 0; i < k; i += QUAD, w += BYTES) {
-    __m512i weight = _mm512_loadu_si512(w);
+    const int rows, const int panels, const uint8_t *a, int64_t stride, int64_t k, const int8_t *const w[MOST_PANELS],
+    int32_t *sums) {
+  __m512i total[VNNI_ROWS][MOST_PANELS];
+  const int8_t *left = w[0], *right = w[panels - 1];
+  const uint8_t *third[(VNNI_ROWS + 2) / 3];
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) {
-      int32_t quad;
-      memcpy(&quad, a + row * stride + i, sizeof quad);
-      total[row] = _mm512_dpbusd_epi32(total[row], _mm512_set1_epi32(quad), weight);
-    }
+  for (int row = 0; row < rows; row++) {
+    if (row % 3 == 0) third[row / 3] = a + row * stride;
+    for (int part = 0; part < panels; part++)
+      total[row][part] = _mm512_loadu_si512(sums + (row * panels + part) * PANEL);
   }
-  for (int row = 0; row < rows; row++) _mm512_storeu_si512(sums + row * PANEL, total[row]);
+  for (int64_t i = 0; i < k; i += OCTET, left += 2 * BYTES, right += 2 * BYTES) {
+#pragma GCC unroll 2
+    for (int quad = 0; quad < 2; quad++) {
+      __m512i left_weight = _mm512_loadu_si512(left + quad * BYTES), right_weight = left_weight;
+      if (panels == 2) right_weight = _mm512_loadu_si512(right + quad * BYTES);
+#pragma GCC unroll 12
+      for (int row = 0; row < rows; row++) {
+        int32_t codes;
+        memcpy(&codes, third[row / 3] + row % 3 * stride + quad * QUAD, sizeof codes);
+        __m512i same = _mm512_set1_epi32(codes);
+        total[row][0] = _mm512_dpbusd_epi32(total[row][0], same, left_weight);
+        if (panels == 2) total[row][1] = _mm512_dpbusd_epi32(total[row][1], same, right_weight);
+      }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row += 3) third[row / 3] += OCTET;
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < rows; row++)
+    for (int part = 0; part < panels; part++)
+      _mm512_storeu_si512(sums + (row * panels + part) * PANEL, total[row][part]);
+}
+
+TARGET_VNNI INLINE void rows_vnni(
+    const int panels, const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  const int64_t k = block->k, wide = panels * PANEL;
+#define TILE(count) tile_vnni(count, panels, a, stride, k, block->w, sums), a += count * stride, sums += count * wide
+  for (; rows >= VNNI_ROWS; rows -= VNNI_ROWS) TILE(VNNI_ROWS);
+  for (; rows >= 4; rows -= 4) TILE(4);
+  for (; rows; rows--) TILE(1);
+#undef TILE
 }
 
 TARGET_VNNI static void add_vnni(
     const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const int8_t *w = block->w;
-  int64_t k = block->k;
-  for (; rows >= 12; rows -= 12, a += 12 * stride, sums += 12 * PANEL) tile_vnni(12, a, stride, k, w, sums);
-  for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_vnni(4, a, stride, k, w, sums);
-  for (; rows; rows--, a += stride, sums += PANEL) tile_vnni(1, a, stride, k, w, sums);
+  if (block->panels == 2) rows_vnni(2, block, a, stride, rows, sums);
+  else rows_vnni(1, block, a, stride, rows, sums);
 }
 
-const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, packed_gemm_decode_vnni, add_vnni, NULL, NULL};
+const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, MOST_PANELS, 2 * VNNI_ROWS, packed_gemm_decode_vnni, add_vnni, NULL, NULL};
 #endif

@@ -85,13 +85,12 @@ static void add_products(
     const Variant *variant, const uint8_t *codes, int64_t stride, int64_t rows, const int8_t *panel, int64_t k, int run,
     int channels, const uint8_t *heavy, const Memory *memory) {
   static const PackedGemm bytes = {0};
-  Scratch scratch = {.decoded = memory->decoded};
-  Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .run = run, .factors = memory->ones};
+  Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .panels = 1, .run = run, .factors = memory->ones};
   block.channels = channels, block.heavy_row = filled(k, STRETCH) / STRETCH;
   for (; block.k0 < k; block.k0 += KEY_BLOCK) {
     block.k = k - block.k0 < KEY_BLOCK ? k - block.k0 : KEY_BLOCK;
     if (heavy) block.heavy = heavy + block.k0 / STRETCH;
-    else block.w = variant->decode(&block, &scratch);
+    else block.w[0] = variant->decode(&block, memory->decoded);
     variant->add(&block, codes + block.k0, stride, rows, memory->sums);
   }
 }

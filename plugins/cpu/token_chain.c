@@ -15,7 +15,19 @@ static inline int32_t magnitude_bits(float x) {
 }
 
 VARIANTS void finish_row(const Epilogue *it, int64_t row, float bound, float *x) {
-  finish_tile(it, row, 1, 0, it->n, bound, x);
+  EpilogueRow at = epilogue_row(it, row);
+  int64_t whole = it->n - it->n % SPAN, left = it->n - whole;
+  Span span;
+  for (int64_t channel = 0; channel < whole; channel += SPAN) {
+    load_span(&span, x + channel, SPAN);
+    finish_span(it, &at, row, channel, SPAN, bound, &span);
+    store_span(&span, x + channel, SPAN);
+  }
+  if (left) {
+    load_span(&span, x + whole, left);
+    finish_span(it, &at, row, whole, left, bound, &span);
+    store_span(&span, x + whole, left);
+  }
 }
 
 static inline float total(const float lanes[LANES]) {

@@ -65,9 +65,10 @@ static PackedGemm read_packed_gemm(void) {
 static void multiply(const PackedGemm *gemm) {
   void *scratch = aligned_alloc(64, (size_t)packed_gemm_scratch(gemm));
   if (!scratch || packed_gemm_misfit(gemm)) exit(5);
-  for (int64_t panel = 0; panel < (gemm->n + PANEL - 1) / PANEL; panel++)
-    for (int64_t first = 0; first < gemm->rows; first += MAX_ROWS)
-      packed_gemm_panel(gemm, panel, first, gemm->rows - first < MAX_ROWS ? gemm->rows : first + MAX_ROWS, scratch);
+  for (int64_t first = 0; first < gemm->rows; first += MAX_ROWS)
+    packed_gemm_panels(
+        gemm, 0, (gemm->n + PANEL - 1) / PANEL, first, gemm->rows - first < MAX_ROWS ? gemm->rows : first + MAX_ROWS,
+        scratch);
 }
 
 static int packed_gemm(const char *variant) {
