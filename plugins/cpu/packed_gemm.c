@@ -245,7 +245,7 @@ static void multiply(
       for (int part = 0; part < block->panels; part++) {
         block->weight = gemm->weight + (panel + part) * panel_bytes;
         if (gemm->multipliers) block->multipliers = gemm->multipliers + (panel + part) * (gemm->k / gemm->group) * PANEL;
-        block->w[part] = variant->decode(block, scratch->decoded + part * K_BLOCK * PANEL);
+        block->w[part] = variant->decode(block, scratch->decoded + part * block->k * PANEL);
       }
       if (run && variant->longer_run) block->run = variant->longer_run(block);
       int64_t runs = block->run ? block->k / (block->run * QUAD) : 0;
