@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "exponential.h"
+#include "span.h"
 #include "variants.h"
 
 #if defined(__clang__)
@@ -26,7 +27,8 @@ typedef struct Loops {
   float (*weights)(float *, float, float, int64_t);
   float (*largest)(const float *, float, int64_t);
   void (*add)(float *, const float *, int64_t);
-  void (*scale)(float *, float, int64_t);
+  void (*scale)(const float *, float, int64_t, float *);
+  void (*divide)(const float *, float, int64_t, float *);
   void (*turn)(const float *, int64_t, int64_t, float *);
 } Loops;
 
@@ -88,9 +90,15 @@ int64_t attention_scratch(const Attention *attention) {
   return lay_out(attention->size, NULL, NULL) * (int64_t)sizeof(float);
 }
 
-/* Scores of a query, masked, -> weights; the query's sums are scaled where its largest score has grown. */
+/* What a weight becomes whose largest score has grown by -x; 0 where there was none so far, or no number comes of it. */
+static float rescaled(float x) { return x >= -EXP_BOUND ? exponential(x) : 0; }
+
+/* Scores of a query, masked, -> weights; the query's sums are scaled where its largest score has grown. What fills up
+ * the last vector weighs nothing. */
 static void weigh(const Loops *use, float *scores, int64_t keys, float *largest, float *total, float *sums, int64_t wide) {
-  float before = *largest, now = use->largest(scores, before, keys);
+  int64_t columns = filled(keys, use->lanes);
+  for (int64_t i = keys; i < columns; i++) scores[i] = -INFINITY;
+  float before = *largest, now = use->largest(scores, before, columns);
   if (now == -INFINITY && scores[0] == -INFINITY) { /* no key so far: the weights of these are 0 */
     int64_t some = 0;
     for (int64_t i = 0; i < keys; i++) some += scores[i] != -INFINITY;
@@ -99,13 +107,11 @@ static void weigh(const Loops *use, float *scores, int64_t keys, float *largest,
       return;
     }
   }
-  float factor = before;
-  use->weights(&factor, now, EXP_BOUND, 1);
-  float sum = use->weights(scores, now, EXP_BOUND, keys);
-  if (before == -INFINITY) factor = 0;
+  float factor = rescaled(before - now);
+  float sum = use->weights(scores, now, EXP_BOUND, columns);
   *largest = now;
   *total = *total * factor + sum;
-  if (factor != 1.0f) use->scale(sums, factor, wide);
+  if (factor != 1.0f) use->scale(sums, factor, wide, sums);
 }
 
 static void add_mask(const Loops *use, const Attention *attention, const float *mask, float *scores, int64_t keys) {
@@ -123,7 +129,7 @@ void attention_block(
   const int64_t *step = attention->mask_step;
   Scratch scratch;
   lay_out(size, memory, &scratch);
-  for (int64_t i = 0; i < count * size; i++) scratch.q[i] = q[i] * attention->scale;
+  use->scale(q, attention->scale, count * size, scratch.q);
   memset(scratch.sums, 0, (size_t)(count * wide) * sizeof(float));
   /* Of no keys 0 / 1, as the standard ops that this stands for give it: their last product is a sum of nothing. */
   for (int64_t row = 0; row < count; row++) scratch.largest[row] = -INFINITY, scratch.total[row] = attention->keys == 0;
@@ -151,6 +157,6 @@ void attention_block(
   }
   for (int64_t row = 0; row < count; row++) {
     float *out = attention->out + (part * attention->queries + first + row) * size;
-    for (int64_t i = 0; i < size; i++) out[i] = scratch.sums[row * wide + i] / scratch.total[row];
+    use->divide(scratch.sums + row * wide, scratch.total[row], size, out);
   }
 }

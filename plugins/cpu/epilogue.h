@@ -8,9 +8,8 @@
 #include <string.h>
 
 #include "exponential.h"
+#include "span.h"
 #include "variants.h"
-
-enum { SPAN = 16 }; /* channels that go through all stages at once */
 
 /* Stages in order; a NULL input or output leaves its stage out. All floats are binary32, nothing is contracted:
  *
@@ -52,25 +51,6 @@ INLINE EpilogueRow epilogue_row(const Epilogue *it, int64_t row) {
 INLINE void next_row(const Epilogue *it, EpilogueRow *at) {
   if (++at->token == it->tokens) at->token = 0, at->sample++;
   if (++at->row_of_gate == it->rows_per_gate) at->row_of_gate = 0, at->gate++;
-}
-
-/* A span of a row: 16 numbers in as many registers as the processor needs for them. */
-typedef float Span __attribute__((vector_size(4 * SPAN), aligned(4), may_alias));
-
-/* The first `count` of a span; the others are 0. count: a constant where this is inlined for whole spans. */
-INLINE void load_span(Span *x, const float *from, const int64_t count) {
-  if (count == SPAN) {
-    *x = *(const Span *)from;
-    return;
-  }
-  float numbers[SPAN] = {0};
-  memcpy(numbers, from, (size_t)count * sizeof *numbers);
-  *x = *(const Span *)numbers;
-}
-
-INLINE void store_span(const Span *x, float *to, const int64_t count) {
-  if (count == SPAN) *(Span *)to = *x;
-  else memcpy(to, x, (size_t)count * sizeof *to);
 }
 
 INLINE void store_heads(const Epilogue *it, const EpilogueRow *at, int64_t channel, const int64_t count, const Span *x) {

@@ -77,6 +77,7 @@ HEADERS = (
     "packed_gemm_variant.h",
     "quantized_attention.h",
     "scratch.h",
+    "span.h",
     "token_chain.h",
     "variants.h",
 )

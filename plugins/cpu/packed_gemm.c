@@ -173,9 +173,6 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
   return copy;
 }
 
-typedef int32_t Integers __attribute__((vector_size(4 * PANEL), aligned(4), may_alias));
-typedef uint32_t Modulo __attribute__((vector_size(4 * PANEL), aligned(4), may_alias)); /* 2^32 */
-
 /* Rows first.. of stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals
  * of the stretches before it; the last one's are the product, which the epilogue takes on. sums, low and totals:
  * `stride` numbers from row to row. count: channels, a constant where this is inlined for a whole panel. */

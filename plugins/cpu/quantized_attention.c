@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "packed_gemm_variant.h"
+#include "span.h"
 #include "variants.h"
 
 #if defined(__clang__)
@@ -25,10 +26,10 @@ int64_t quantized_attention_rows(const QuantizedAttention *attention) {
 
 typedef struct Memory {
   float *scores;        /* [rows, score_row] */
-  uint8_t *q, *weights; /* [rows, size] and [rows, keys], filled up to octets */
-  int32_t *sums;        /* [rows, 16] */
+  uint8_t *q, *weights; /* [rows, size filled up to octets], a span more, and [rows, keys filled up to spans] */
+  int32_t *sums;        /* [rows, panels, 16] */
   float *scale;         /* [rows]: of q, then 1 / sum of the weights */
-  float *work;          /* [2, size] */
+  float *work;          /* [size filled up to spans] */
   int8_t *decoded;      /* of a block of keys, as a variant may want it */
   int16_t *ones;        /* multipliers of a block */
   uint8_t *heavy;       /* [rows, keys / STRETCH]: which weights may leave 16 bits */
@@ -37,8 +38,8 @@ typedef struct Memory {
 static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory *parts) {
   int64_t rows = quantized_attention_rows(attention), keys = attention->tensors.keys, used = 0;
   int64_t sizes[] = {
-      rows * score_row(keys) * 4, rows * filled(attention->tensors.size, OCTET), rows * filled(keys, OCTET),
-      rows * PANEL * 4, rows * 4, 2 * attention->tensors.size * 4,
+      rows * score_row(keys) * 4, rows * filled(attention->tensors.size, OCTET) + SPAN, rows * filled(keys, SPAN),
+      rows * MOST_PANELS * PANEL * 4, rows * 4, filled(attention->tensors.size, SPAN) * 4,
       2 * KEY_BLOCK * PANEL, KEY_BLOCK / QUAD * 2 * PANEL * 2, rows * filled(keys, STRETCH) / STRETCH};
   void *at[9];
   for (int i = 0; i < 9; i++) at[i] = memory ? memory + used : NULL, used += filled(sizes[i], 64);
@@ -48,15 +49,18 @@ static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory
 
 int64_t quantized_attention_scratch(const QuantizedAttention *attention) { return lay_out(attention, NULL, NULL); }
 
-/* Sums of a panel of keys -> scores. zero: of the codes of q, which the sums hold too much of the keys for. */
+/* Sums of a panel of keys, `apart` from row to row, -> scores. zero: of the codes of q, which the sums hold too much of
+ * the keys for. */
 VARIANTS void scores_of_panel(
-    const int32_t *sums, int64_t rows, int32_t zero, const int32_t *key_sum, const float *key_scale, const float *scale,
-    float *scores, int64_t stride) {
+    const int32_t *sums, int64_t apart, int64_t rows, int32_t zero, const int32_t *key_sum, const float *key_scale,
+    const float *scale, float *scores, int64_t stride) {
+  int32_t of_zero[PANEL];
+  for (int i = 0; i < PANEL; i++) of_zero[i] = zero * key_sum[i];
   for (int64_t row = 0; row < rows; row++) {
     float factor = scale[row];
-    ELEMENTWISE
+    FEW_ELEMENTS
     for (int i = 0; i < PANEL; i++)
-      scores[row * stride + i] = (float)(sums[row * PANEL + i] - zero * key_sum[i]) * factor * key_scale[i];
+      scores[row * stride + i] = (float)(sums[row * apart + i] - of_zero[i]) * factor * key_scale[i];
   }
 }
 
@@ -65,12 +69,23 @@ VARIANTS void add_mask(float *scores, const float *mask, int64_t keys) {
   for (int64_t i = 0; i < keys; i++) scores[i] += mask[i];
 }
 
-VARIANTS void finish(
-    const int32_t *sums, int64_t rows, const float *value_scale, const float *scale, int64_t count, float *out,
-    int64_t stride) {
-  for (int64_t row = 0; row < rows; row++)
+/* Sums of a panel of channels, `apart` from row to row, -> out. */
+INLINE void finish_panel(
+    const int32_t *sums, int64_t apart, int64_t rows, const float *value_scale, const float *scale, const int64_t count,
+    float *out, int64_t stride) {
+  for (int64_t row = 0; row < rows; row++) {
+    FEW_ELEMENTS
     for (int64_t i = 0; i < count; i++)
-      out[row * stride + i] = (float)sums[row * PANEL + i] * value_scale[i] * scale[row];
+      out[row * stride + i] = (float)sums[row * apart + i] * value_scale[i] * scale[row];
+  }
+}
+
+VARIANTS void finish(
+    const int32_t *sums, int64_t apart, int64_t rows, const float *value_scale, const float *scale, int64_t count,
+    float *out, int64_t stride) {
+  if (count >= PANEL) finish_panel(sums, apart, rows, value_scale, scale, PANEL, out, stride);
+  else if (count == PANEL / 2) finish_panel(sums, apart, rows, value_scale, scale, PANEL / 2, out, stride);
+  else finish_panel(sums, apart, rows, value_scale, scale, count, out, stride);
 }
 
 /* Sums of at most 255 * kmax in pairs: quads of a run that stay in 16 bits, 0 if a pair does not. */
@@ -79,18 +94,22 @@ static int run_of(int32_t largest_code, float kmax) {
   return 2 * pair <= INT16_MAX ? 2 : pair <= INT16_MAX ? 1 : 0;
 }
 
-/* memory->sums += codes [rows, k] * panel [k / 4, 16, 4], at most KEY_BLOCK of k at a time. heavy: of codes, rows of
+/* memory->sums = codes [rows, k] * panels of [k / 4, 16, 4], at most KEY_BLOCK of k at a time. heavy: of codes, rows of
  * k / STRETCH marks, NULL for none. */
-static void add_products(
-    const Variant *variant, const uint8_t *codes, int64_t stride, int64_t rows, const int8_t *panel, int64_t k, int run,
-    int channels, const uint8_t *heavy, const Memory *memory) {
+static void multiply(
+    const Variant *variant, const uint8_t *codes, int64_t stride, int64_t rows, const int8_t *panel, int panels,
+    int64_t k, int run, int channels, const uint8_t *heavy, const Memory *memory) {
   static const PackedGemm bytes = {0};
-  Block block = {.gemm = &bytes, .weight = (const uint8_t *)panel, .panels = 1, .run = run, .factors = memory->ones};
+  Block block = {.gemm = &bytes, .panels = panels, .run = run, .factors = memory->ones};
   block.channels = channels, block.heavy_row = filled(k, STRETCH) / STRETCH;
+  memset(memory->sums, 0, (size_t)(rows * panels * PANEL) * sizeof *memory->sums);
   for (; block.k0 < k; block.k0 += KEY_BLOCK) {
     block.k = k - block.k0 < KEY_BLOCK ? k - block.k0 : KEY_BLOCK;
+    for (int part = 0; part < panels; part++) {
+      block.weight = (const uint8_t *)panel + part * k * PANEL;
+      if (!heavy) block.w[part] = variant->decode(&block, memory->decoded);
+    }
     if (heavy) block.heavy = heavy + block.k0 / STRETCH;
-    else block.w[0] = variant->decode(&block, memory->decoded);
     variant->add(&block, codes + block.k0, stride, rows, memory->sums);
   }
 }
@@ -101,7 +120,7 @@ void quantized_attention_block(
   const Attention *tensors = &attention->tensors;
   const Variant *variant = packed_gemm_chosen();
   int64_t size = tensors->size, keys = tensors->keys, wide = filled(size, OCTET), stride = score_row(keys);
-  int64_t long_row = filled(keys, OCTET);
+  int64_t long_row = filled(keys, OCTET), weight_row = filled(keys, SPAN);
   const int64_t *step = tensors->mask_step;
   const float *mask = tensors->mask;
   int32_t zero = quantized_attention_zero(attention);
@@ -113,13 +132,14 @@ void quantized_attention_block(
   for (int64_t row = 0; row < count; row++) memory.scale[row] *= tensors->scale;
   for (int64_t i = 0; i < KEY_BLOCK / QUAD * 2 * PANEL; i++) memory.ones[i] = 1;
 
-  int run = run_of(2 * zero, attention->qk.kmax);
-  for (int64_t key = 0; key < keys; key += PANEL) {
-    memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
-    add_products(variant, memory.q, wide, count, operands->keys + key * wide, wide, run, PANEL, NULL, &memory);
-    scores_of_panel(
-        memory.sums, count, zero, operands->key_sum + key, operands->key_scale + key, memory.scale,
-        memory.scores + key, stride);
+  int run = run_of(2 * zero, attention->qk.kmax), panels;
+  for (int64_t key = 0; key < keys; key += panels * PANEL) {
+    panels = keys - key > PANEL ? variant->panels : 1;
+    multiply(variant, memory.q, wide, count, operands->keys + key * wide, panels, wide, run, PANEL, NULL, &memory);
+    for (int64_t part = 0; part < panels; part++)
+      scores_of_panel(
+          memory.sums + part * PANEL, panels * PANEL, count, zero, operands->key_sum + key + part * PANEL,
+          operands->key_scale + key + part * PANEL, memory.scale, memory.scores + key + part * PANEL, stride);
   }
   if (mask) {
     mask += part / tensors->heads * step[0] + part % tensors->heads * step[1] + first * step[2];
@@ -134,16 +154,19 @@ void quantized_attention_block(
   run = run_of(WEIGHT_STEPS, attention->pv.kmax);
   if (variant->mark_heavy && run < 2) { /* most weights are small, and their sums tell more than their bound */
     int32_t most = INT16_MAX / (int32_t)ceilf(attention->pv.kmax);
-    int64_t marked = variant->mark_heavy(memory.weights, long_row, count, long_row, most, memory.heavy);
+    int64_t marked = variant->mark_heavy(memory.weights, weight_row, count, long_row, most, memory.heavy);
     /* Products of heavy ones by themselves take more than all widened: no gain from one in eight on. */
     if (run || 8 * marked < count * (filled(keys, STRETCH) / STRETCH)) heavy = memory.heavy;
   }
-  for (int64_t channel = 0; channel < size; channel += PANEL) {
-    memset(memory.sums, 0, (size_t)(count * PANEL) * sizeof *memory.sums);
+  for (int64_t channel = 0; channel < size; channel += panels * PANEL) {
+    panels = size - channel > PANEL ? variant->panels : 1;
     int64_t channels = size - channel < PANEL ? size - channel : PANEL;
-    add_products(
-        variant, memory.weights, long_row, count, operands->values + channel * long_row, long_row, run, (int)channels,
-        heavy, &memory);
-    finish(memory.sums, count, operands->value_scale + channel, memory.scale, channels, out + channel, size);
+    multiply(
+        variant, memory.weights, weight_row, count, operands->values + channel * long_row, panels, long_row, run,
+        (int)channels, heavy, &memory);
+    for (int64_t part = 0, at = channel; part < panels; part++, at += PANEL)
+      finish(
+          memory.sums + part * PANEL, panels * PANEL, count, operands->value_scale + at, memory.scale, size - at, out + at,
+          size);
   }
 }

@@ -42,15 +42,16 @@ int64_t quantized_attention_work(const QuantizedAttention *);
 static inline int32_t quantized_attention_zero(const QuantizedAttention *attention) {
   return (int32_t)attention->qk.kmax;
 }
-/* Codes [count, size filled up to octets] of queries and the scale of each, NaN where one is not finite. rows: twice
- * `size` floats. */
+/* Codes [count, size filled up to octets] of queries, in memory for a span more, and the scale of each, NaN where one is
+ * not finite. zeros: `size` floats filled up to spans. */
 void quantized_attention_queries(
-    const QuantizedAttention *, const float *q, int64_t count, uint8_t *codes, float *scale, float *rows);
+    const QuantizedAttention *, const float *q, int64_t count, uint8_t *codes, float *scale, float *zeros);
 
-/* Rows of scores, `stride` floats apart -> rows of weights, filled up with 0 to whole octets. scale: 1 / the sum of a row's
- * weights, NaN where it has no largest score that is finite; its weights are 0 then. */
+/* Rows of scores, `stride` floats apart and at least so long that whole spans of 16 fit -> rows of weights, filled up with 0
+ * to whole spans. scale: 1 / the sum of a row's weights, NaN where it has no largest score that is finite; its weights
+ * are 0 then. */
 void quantized_attention_weigh(
-    const float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale);
+    float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale);
 
 /* Queries of a block, so that their scores stay in the second-level cache; a multiple of 4. */
 int64_t quantized_attention_rows(const QuantizedAttention *);

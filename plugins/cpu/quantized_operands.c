@@ -6,6 +6,7 @@
 #include "exponential.h"
 #include "packed_gemm.h"
 #include "quantized_attention.h"
+#include "span.h"
 #include "variants.h"
 
 static int64_t lay_out(const QuantizedAttention *attention, char *memory, HeadOperands *operands) {
@@ -28,7 +29,7 @@ HeadOperands quantized_attention_operands(const QuantizedAttention *attention, v
 /* Three rows of numbers, and the codes of all keys. */
 int64_t quantized_attention_work(const QuantizedAttention *attention) {
   int64_t size = attention->tensors.size;
-  return filled(size, PANEL) * 3 * (int64_t)sizeof(float) + filled(attention->tensors.keys * filled(size, OCTET), 64);
+  return filled(size, PANEL) * 3 * (int64_t)sizeof(float) + filled(attention->tensors.keys * filled(size, OCTET) + SPAN, 64);
 }
 
 static inline int32_t magnitude_bits(float x) {
@@ -56,34 +57,43 @@ static inline float scale_of(const Grid *grid, float floor, int32_t bits, float 
 static inline float unit(const Grid *grid) { return grid->max_value / grid->kmax; }
 
 /* x [count, n] less `mean` by token -> codes, rows of `wide` bytes filled up with 0, `zero` added; the scale of each. A
- * token that is not finite has codes `zero` and the scale NaN. row: n floats. */
+ * token that is not finite has codes `zero` and the scale NaN. Spans cover a row; the last one ends with it, and has some
+ * of its numbers twice. mean: at least a span, with 0 from n on; codes: a span more than those of all tokens. */
 VARIANTS void round_tokens(
     const float *x, const float *mean, int64_t count, int64_t n, const Grid *grid, float floor, int32_t zero,
-    uint8_t *codes, int64_t wide, float *scale, float *row) {
+    uint8_t *codes, int64_t wide, float *scale) {
+  const float factor = grid->rounding_factor;
+  const int64_t last = n < SPAN ? 0 : n - SPAN;
+  float few[SPAN] = {0};
   for (int64_t token = 0; token < count; token++, x += n, codes += wide) {
-    int32_t largest = 0;
-    ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) row[i] = x[i] - mean[i];
-    for (int64_t i = 0; i < n; i++) largest = magnitude_bits(row[i]) > largest ? magnitude_bits(row[i]) : largest;
-    float inverse;
-    scale[token] = scale_of(grid, floor, largest, &inverse) * unit(grid);
-    memset(codes + n, 0, (size_t)(wide - n));
-    if (inverse == 0) {
-      memset(codes, zero, (size_t)n);
-      continue;
+    const float *row = n < SPAN ? memcpy(few, x, (size_t)n * sizeof *x) : x;
+    int32_t lanes[SPAN] = {0};
+    for (int64_t i = 0; i < n; i += SPAN) {
+      int64_t at = i < last ? i : last;
+      FEW_ELEMENTS
+      for (int j = 0; j < SPAN; j++) lanes[j] = larger_integer(magnitude_bits(row[at + j] - mean[at + j]), lanes[j]);
     }
-    ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) codes[i] = (uint8_t)(zero + rounded(row[i] * inverse, grid->rounding_factor));
+    float inverse;
+    scale[token] = scale_of(grid, floor, largest_integer_of_lanes(lanes, SPAN), &inverse) * unit(grid);
+    for (int64_t i = 0; i < n; i += SPAN) {
+      int64_t at = i < last ? i : last;
+      int32_t integers[SPAN];
+      FEW_ELEMENTS
+      for (int j = 0; j < SPAN; j++) integers[j] = zero + rounded((row[at + j] - mean[at + j]) * inverse, factor);
+      store_bytes((const Integers *)integers, codes + at);
+    }
+    if (inverse == 0) memset(codes, zero, (size_t)n); /* what came of infinity or NaN */
+    for (int64_t i = n; i < wide; i++) codes[i] = 0;
   }
 }
 
 void quantized_attention_queries(
-    const QuantizedAttention *attention, const float *q, int64_t count, uint8_t *codes, float *scale, float *rows) {
+    const QuantizedAttention *attention, const float *q, int64_t count, uint8_t *codes, float *scale, float *zeros) {
   int64_t size = attention->tensors.size;
-  memset(rows, 0, (size_t)size * sizeof *rows);
+  memset(zeros, 0, (size_t)filled(size, SPAN) * sizeof *zeros);
   round_tokens(
-      q, rows, count, size, &attention->qk, attention->absmax_floor, quantized_attention_zero(attention), codes,
-      filled(size, OCTET), scale, rows + size);
+      q, zeros, count, size, &attention->qk, attention->absmax_floor, quantized_attention_zero(attention), codes,
+      filled(size, OCTET), scale);
 }
 
 VARIANTS void mean_of_tokens(const float *x, int64_t count, int64_t n, double *sum, float *mean) {
@@ -100,9 +110,10 @@ static void prepare_keys(
     const QuantizedAttention *attention, const float *k, const HeadOperands *operands, float *mean, float *row,
     uint8_t *codes) {
   int64_t size = attention->tensors.size, keys = attention->tensors.keys, wide = filled(size, OCTET);
+  memset(mean, 0, (size_t)filled(size, SPAN) * sizeof *mean);
   mean_of_tokens(k, keys, size, (double *)row, mean);
   round_tokens(
-      k, mean, keys, size, &attention->qk, attention->absmax_floor, 0, codes, wide, operands->key_scale, row);
+      k, mean, keys, size, &attention->qk, attention->absmax_floor, 0, codes, wide, operands->key_scale);
   for (int64_t key = 0; key < keys; key++) {
     const uint8_t *from = codes + key * wide;
     int8_t *panel = operands->keys + key / PANEL * PANEL * wide + key % PANEL * QUAD;

@@ -5,6 +5,7 @@
 #include "exponential.h"
 #include "packed_gemm.h"
 #include "quantized_attention.h"
+#include "span.h"
 #include "variants.h"
 
 #if defined(__clang__)
@@ -13,39 +14,50 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-/* --- any processor ------------------------------------------------------------------------------------------------ */
+/* --- any processor: whole spans, filled up with scores of minus infinity ------------------------------------------ */
 
-enum { LANES_OF_MAX = 64 }; /* so many that their maxima do not wait for each other */
+enum { AT_ONCE = 4 * SPAN }; /* so many that their maxima do not wait for each other */
 
 /* The largest score, NaN if any is. */
 VARIANTS float largest_score(const float *scores, int64_t n) {
-  float lanes[LANES_OF_MAX], largest = -INFINITY;
-  int64_t whole = n - n % LANES_OF_MAX;
-  int32_t unordered = 0;
-  for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = -INFINITY;
-  for (int64_t i = 0; i < whole; i += LANES_OF_MAX)
-    for (int j = 0; j < LANES_OF_MAX; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
-  for (int64_t i = whole; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
-  for (int half = LANES_OF_MAX / 2; half; half /= 2)
-    for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-  if (lanes[0] > largest) largest = lanes[0];
-  for (int64_t i = 0; i < n; i++) unordered |= -(scores[i] != scores[i]);
-  return unordered ? NAN : largest;
+  float lanes[AT_ONCE];
+  int32_t unordered[SPAN] = {0}, any = 0;
+  int64_t i = 0;
+  for (int j = 0; j < AT_ONCE; j++) lanes[j] = -INFINITY;
+  for (; i + AT_ONCE <= n; i += AT_ONCE) {
+    FEW_ELEMENTS
+    for (int j = 0; j < AT_ONCE; j++) lanes[j] = larger(scores[i + j], lanes[j]);
+  }
+  for (; i < n; i += SPAN) {
+    FEW_ELEMENTS
+    for (int j = 0; j < SPAN; j++) lanes[j] = larger(scores[i + j], lanes[j]);
+  }
+  for (i = 0; i < n; i += SPAN) {
+    FEW_ELEMENTS
+    for (int j = 0; j < SPAN; j++) unordered[j] |= -(scores[i + j] != scores[i + j]);
+  }
+  for (int j = 0; j < SPAN; j++) any |= unordered[j];
+  return any ? NAN : largest_of_lanes(lanes, AT_ONCE);
 }
 
-/* Codes of exp(scores - largest) and their sum. A weight below half a step is 0, long before exp has no normal number. */
-VARIANTS int32_t weights_of(const float *scores, float largest, uint8_t *weights, int64_t n) {
+/* Codes of exp(scores - largest) and their sum. A weight below half a step is 0, long before exp has no normal number.
+ * `bound`, EXP_BOUND, must be no constant to the compiler, as that of gelu. */
+VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uint8_t *weights, int64_t n) {
+  Modulo lanes = {0};
   int32_t sum = 0;
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) {
-    float x = scores[i] - largest;
-    x = x > -EXP_BOUND ? x : -EXP_BOUND;
-    float rounded = exponential(x) * (float)WEIGHT_STEPS + MAGIC;
-    int32_t bits;
-    memcpy(&bits, &rounded, sizeof bits);
-    weights[i] = (uint8_t)bits;
-    sum += bits & 255;
+  for (int64_t i = 0; i < n; i += SPAN) {
+    float rounded[SPAN];
+    FEW_ELEMENTS
+    for (int j = 0; j < SPAN; j++) {
+      float x = scores[i + j] - largest;
+      x = x > -bound ? x : -bound;
+      rounded[j] = exponential(x) * (float)WEIGHT_STEPS + MAGIC; /* whose lowest bits are the code */
+    }
+    Integers codes = *(const Integers *)rounded;
+    store_bytes(&codes, weights + i);
+    lanes += (Modulo)codes & 255;
   }
+  for (int j = 0; j < SPAN; j++) sum += (int32_t)lanes[j];
   return sum;
 }
 
@@ -94,10 +106,11 @@ TARGET_AVX2 INLINE __m256i weight_codes(__m256 scores, __m256 largest) {
   return _mm256_cvtps_epi32(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
 }
 
-TARGET_AVX2 static int32_t weights_of_avx2(const float *scores, float largest, uint8_t *weights, int64_t n) {
+TARGET_AVX2 static int32_t weights_of_avx2(
+    const float *scores, float largest, float bound, uint8_t *weights, int64_t n) {
+  (void)bound;
   const __m256 most = _mm256_set1_ps(largest);
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* of what two packings of four vectors leave */
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   __m256i sums = _mm256_setzero_si256();
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
@@ -109,9 +122,8 @@ TARGET_AVX2 static int32_t weights_of_avx2(const float *scores, float largest, u
     _mm256_storeu_si256((__m256i *)(weights + i), bytes);
     sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
   }
-  for (; i < n; i += 8) { /* scores of whole panels can be read; those from n on weigh nothing */
-    __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)(n - i)), lanes);
-    __m256i codes = _mm256_and_si256(inside, weight_codes(_mm256_loadu_ps(scores + i), most));
+  for (; i < n; i += 8) {
+    __m256i codes = weight_codes(_mm256_loadu_ps(scores + i), most);
     __m256i words = _mm256_packs_epi32(codes, codes), both = _mm256_packus_epi16(words, words);
     __m128i octet = _mm_unpacklo_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
     _mm_storel_epi64((__m128i *)(weights + i), octet);
@@ -127,7 +139,7 @@ TARGET_AVX2 static int32_t weights_of_avx2(const float *scores, float largest, u
 
 typedef struct Loops {
   float (*largest)(const float *scores, int64_t n);
-  int32_t (*weights)(const float *scores, float largest, uint8_t *weights, int64_t n);
+  int32_t (*weights)(const float *scores, float largest, float bound, uint8_t *weights, int64_t n);
 } Loops;
 
 static Loops loops(void) {
@@ -140,13 +152,13 @@ static Loops loops(void) {
 }
 
 void quantized_attention_weigh(
-    const float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale) {
+    float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale) {
   const Loops use = loops();
-  const int64_t wide = filled(keys, OCTET);
+  const int64_t wide = filled(keys, SPAN);
   for (int64_t row = 0; row < rows; row++, scores += stride, weights += wide) {
-    float largest = use.largest(scores, keys);
-    memset(weights + keys, 0, (size_t)(wide - keys));
-    if (isfinite(largest)) scale[row] = 1.0f / (float)use.weights(scores, largest, weights, keys);
-    else memset(weights, 0, (size_t)keys), scale[row] = NAN;
+    for (int64_t i = keys; i < wide; i++) scores[i] = -INFINITY;
+    float largest = use.largest(scores, wide);
+    if (isfinite(largest)) scale[row] = 1.0f / (float)use.weights(scores, largest, EXP_BOUND, weights, wide);
+    else memset(weights, 0, (size_t)wide), scale[row] = NAN;
   }
 }

@@ -212,7 +212,8 @@ def test_without_a_true_record_it_is_made_anew(
 def test_one_that_did_not_load_is_made_anew_and_auto_is_fused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As what is left where a disk ran full."""
     native.need_compiler()
-    monkeypatch.setattr(library, "build", lambda path, *_: shutil.copy(native.folder() / library.NAME, path))
+    compiled = native.folder() / library.NAME
+    monkeypatch.setattr(library, "build", lambda path, *_: shutil.copy(compiled, path))
     path = library.path_of_library()
     path.write_bytes(path.read_bytes()[:1000])
     assert library.problem() is None
