@@ -224,12 +224,33 @@ VARIANTS void finish_rows(
   }
 }
 
+/* Where input channel k0 of a panel begins, and the bytes of `k` of them. */
+static const uint8_t *stored(const PackedGemm *gemm, int64_t panel, int64_t k0) {
+  int64_t k = panel * filled(gemm->k) + k0;
+  return gemm->weight + (gemm->table ? k * PANEL / 2 : k * PANEL);
+}
+
+/* Part `part` of `parts` of the weights that are read after those of a block, on its way from memory while the block is
+ * multiplied: no processor foresees where they lie. */
+INLINE void fetch_next(const PackedGemm *gemm, const Block *block, int64_t panel, int64_t part, int64_t parts) {
+  enum { LINE = 64 };
+  int64_t k = filled(gemm->k), k0 = block->k0 + block->k;
+  if (k0 == k) panel += block->panels, k0 = 0;
+  k = k - k0 < block->k ? k - k0 : block->k;
+  for (int i = 0; i < block->panels && (panel + i) * PANEL < gemm->n; i++) {
+    const uint8_t *from = stored(gemm, panel + i, k0);
+    int64_t lines = (stored(gemm, panel + i, k0 + k) - from) / LINE;
+    for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; line++)
+      __builtin_prefetch(from + line * LINE, 0, 2);
+  }
+}
+
 /* Rows of `block->panels` panels from `panel` on. */
 static void multiply(
     const PackedGemm *gemm, const Variant *variant, Block *block, int64_t panel, int64_t first, int64_t last,
     const uint8_t *const codes[2], Scratch *scratch) {
   const int64_t k = filled(gemm->k), all = last - first, stride = block->panels * PANEL;
-  const int64_t panel_bytes = gemm->table ? k * PANEL / 2 : k * PANEL;
+  const int64_t chunks = (all + variant->rows - 1) / variant->rows;
   const int run = variant->adds_pairs ? run_of(gemm) : 0, limbs = gemm->low_codes ? 2 : 1;
   int64_t most = variant->adds_pairs && !run ? K_BLOCK / 2 : K_BLOCK; /* weights of 16 bits are as many bytes */
   int64_t spread = 0; /* factors that are there: where there are no multipliers all are 1, for runs of any length */
@@ -240,15 +261,16 @@ static void multiply(
       block->k = end - block->k0 < most ? end - block->k0 : most;
       block->run = run;
       for (int part = 0; part < block->panels; part++) {
-        block->weight = gemm->weight + (panel + part) * panel_bytes;
+        block->weight = stored(gemm, panel + part, 0);
         if (gemm->multipliers) block->multipliers = gemm->multipliers + (panel + part) * (gemm->k / gemm->group) * PANEL;
         block->w[part] = variant->decode(block, scratch->decoded + part * block->k * PANEL);
       }
       if (run && variant->longer_run) block->run = variant->longer_run(block);
       int64_t runs = block->run ? block->k / (block->run * QUAD) : 0;
       if (block->multipliers ? run : runs > spread) spread_factors(block, scratch->factors), spread = runs;
-      for (int64_t row = 0, rows; row < all; row += rows) {
+      for (int64_t row = 0, chunk = 0, rows; row < all; row += rows, chunk++) {
         rows = all - row < variant->rows ? all - row : variant->rows;
+        fetch_next(gemm, block, panel, chunk, chunks);
         for (int limb = 0; limb < limbs; limb++) {
           int32_t *sums = scratch->sums[limb] + row * stride;
           if (block->k0 == start) memset(sums, 0, (size_t)(rows * stride) * sizeof *sums);

@@ -4,7 +4,9 @@
 #include "packed_gemm.h"
 #include "scratch.h"
 
-#define PRODUCTS_PER_TASK (1 << 20) /* at least: some 10 microseconds */
+/* At least so many products, some 10 microseconds, and panels for so few tasks that each reads a stretch of the weights,
+ * which many numbers of threads divide. */
+enum { PRODUCTS_PER_TASK = 1 << 20, TASKS_PER_BLOCK = 24 };
 
 enum {
   CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, SCALE, WEIGHT_SUM, GROUP_SCALE, /* of the product */
@@ -89,6 +91,7 @@ static Status *compute(void *data, KernelContext *context) {
   int64_t blocks = (gemm->rows + MAX_ROWS - 1) / MAX_ROWS;
   work.rows_per_block = (gemm->rows + blocks - 1) / blocks;
   work.panels_per_task = PRODUCTS_PER_TASK / (work.rows_per_block * gemm->k * PANEL) + 1;
+  if (work.panels_per_task < work.panels / TASKS_PER_BLOCK) work.panels_per_task = work.panels / TASKS_PER_BLOCK;
   work.panels_per_task += work.panels_per_task % 2; /* some variants take two at once */
   work.tasks_per_block = (work.panels + work.panels_per_task - 1) / work.panels_per_task;
   TRY(CALL(api, parallel_for)(context, run_task, (size_t)(blocks * work.tasks_per_block), 0, &work));
