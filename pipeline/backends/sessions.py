@@ -24,7 +24,7 @@ from pipeline.files import is_out_of_memory
 from plugins.cpu import library
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, SessionOptions
+    from onnxruntime import InferenceSession, RunOptions, SessionOptions
 
 # Conditions whose results are kept: the last one of two callers. A third caller's is computed again at every call.
 KEPT = 2
@@ -81,11 +81,22 @@ def register_needed(options: SessionOptions, domains: Iterable[str]) -> None:
         library.register(options)
 
 
+def _shrinking(session: InferenceSession) -> RunOptions | None:
+    """What the session's arena, if it has one, has taken for a call goes back to the system at the call's end."""
+    import onnxruntime
+
+    if not session.get_session_options().enable_cpu_mem_arena:
+        return None
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arrays:
     """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high, and
     ContractError where an operation of the graph fails by itself."""
     try:
-        return dict(zip(names, session.run(names, fed), strict=True))
+        return dict(zip(names, session.run(names, fed, _shrinking(session)), strict=True))
     except Exception as error:
         if (reason := refusal(error)) is None:
             raise
@@ -114,7 +125,7 @@ def run_to_keep(session: InferenceSession, fed: Arrays) -> Arrays:
     for name, array in kept.items():
         binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
     try:
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, _shrinking(session))
     except RuntimeError:  # of every cause, which a plain run tells by its class
         return run_session(session, names, fed)
     return kept

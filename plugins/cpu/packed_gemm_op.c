@@ -6,7 +6,7 @@
 
 /* At least so many products, some 10 microseconds, and panels for so few tasks that each reads a stretch of the weights,
  * which many numbers of threads divide. */
-enum { PRODUCTS_PER_TASK = 1 << 20, TASKS_PER_BLOCK = 24 };
+enum { PRODUCTS_PER_TASK = 1 << 20, TASKS_PER_BLOCK = 48 };
 
 enum {
   CODES, LOW_CODES, WEIGHT, MULTIPLIERS, TABLE, SCALE, WEIGHT_SUM, GROUP_SCALE, /* of the product */

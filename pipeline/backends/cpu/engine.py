@@ -114,10 +114,11 @@ def open_session(
     """
     options = session_options(threads)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # A tensor goes back when its last reader has run. A buffer that is planned for several tensors would live until the
-    # last of them, those of the widest layers as long as the whole call; a block planned for all, beside the first
-    # call's tensors. An arena would hold on to what one call has taken.
-    options.enable_mem_reuse = options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+    # A tensor goes back to the arena when its last reader has run, and what the arena holds to the system when the call
+    # ends (`run_session`): by itself the C library returns blocks of this size at once, and every layer would have its
+    # pages from the system anew. A buffer that is planned for several tensors would live until the last of them, those
+    # of the widest layers as long as the whole call; a block planned for all, beside the first call's tensors.
+    options.enable_mem_reuse = options.enable_mem_pattern = False
     if with_library:
         library.register(options)
     if profile is not None:
