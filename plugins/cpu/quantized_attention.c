@@ -94,7 +94,8 @@ static int run_of(int32_t largest_code, float kmax) {
   return 2 * pair <= INT16_MAX ? 2 : pair <= INT16_MAX ? 1 : 0;
 }
 
-/* memory->sums = codes [rows, k] * panels of [k / 4, 16, 4], at most KEY_BLOCK of k at a time. heavy: of codes, rows of
+/* memory->sums = codes [rows, k] * panels of [k / 4, 16, 4], at most KEY_BLOCK of k at a time; variants that take more than
+ * one panel read bytes where they are. heavy: of codes, rows of
  * k / STRETCH marks, NULL for none. */
 static void multiply(
     const Variant *variant, const uint8_t *codes, int64_t stride, int64_t rows, const int8_t *panel, int panels,
