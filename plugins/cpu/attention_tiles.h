@@ -72,7 +72,8 @@ TARGET static float NAME(weights)(float *scores, float largest, float bound, int
     FEW_ELEMENTS
     for (int j = 0; j < LANES; j++) {
       float x = scores[i + j] - largest, kept = -bound > x ? -bound : x;
-      weights[j] = kept_bits(exponential(kept), !(x < -bound)); /* NaN stays */
+      /* NaN stays, by the difference: exp, which adds to bits, makes numbers of many. */
+      weights[j] = kept_bits(exponential(kept), !(x < -bound)) + (kept - kept);
     }
     FEW_ELEMENTS
     for (int j = 0; j < LANES; j++) lanes[j] += weights[j], scores[i + j] = weights[j];

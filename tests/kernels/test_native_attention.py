@@ -111,6 +111,20 @@ def test_queries_that_meet_nan_or_no_key_are_nan_and_the_others_whole():
     assert (np.abs(result - expected) <= bound)[0, 0, ~sick].all()
 
 
+@pytest.mark.parametrize("place", [0, 20, 39])
+@pytest.mark.parametrize("bits", [0x7FC00001, 0xFFFFFFFF, 0x7FFFFFFF, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("port", ["q", "k", "mask"])
+def test_every_kind_of_nan_stays_one(port, bits, place):
+    """Those whose lowest bits are not 0 too, which a sum with an exponent would make numbers of."""
+    q, k, v = tensors((1, 1, 5, 40, 16))
+    given = {"q": q, "k": k, "mask": np.zeros((1, 1, 5, 40), np.float32)}
+    damaged = given[port].view(np.uint32)
+    damaged[(0, 0, 2, place % 16) if port == "q" else (0, 0, 2, place) if port == "mask" else (0, 0, place, 3)] = bits
+    sick = np.arange(5) == 2 if port != "k" else np.ones(5, bool)
+    result = attend(q, k, v, given["mask"])
+    assert np.isnan(result[:, :, sick]).all() and np.isfinite(result[:, :, ~sick]).all()
+
+
 @pytest.mark.parametrize("port", ["q", "k", "v"])
 @pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_goes_where_it_goes_in_float64(port, damage):
