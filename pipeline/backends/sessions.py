@@ -94,9 +94,13 @@ def _shrinking(session: InferenceSession) -> RunOptions | None:
 
 def run_session(session: InferenceSession, names: list[str], fed: Arrays) -> Arrays:
     """Outputs of one session. Raises RecipeError where onnxruntime refuses the numbers, such as a class too high, and
-    ContractError where an operation of the graph fails by itself."""
+    ContractError where an operation of the graph fails by itself.
+
+    They are copies: onnxruntime's arrays lie in its arena, and one that a caller holds would keep a region of many
+    times its size from the system, those of each call another."""
     try:
-        return dict(zip(names, session.run(names, fed, _shrinking(session)), strict=True))
+        outputs = session.run(names, fed, _shrinking(session))
+        return {name: own(array) for name, array in zip(names, outputs, strict=True)}
     except Exception as error:
         if (reason := refusal(error)) is None:
             raise

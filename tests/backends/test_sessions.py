@@ -7,7 +7,7 @@ import pytest
 
 from export.errors import RecipeError
 from pipeline.backends import sessions
-from pipeline.backends.sessions import KEPT_TIMESTEPS, Part, SessionEngine, Sessions, run_to_keep
+from pipeline.backends.sessions import KEPT_TIMESTEPS, Part, SessionEngine, Sessions, run_session, run_to_keep
 from tests.support.hooked_sessions import Hooked
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -40,9 +40,9 @@ class Engine(SessionEngine):
         self.times, own = [], session(TIMESTEP)
         hooked = Hooked(own, lambda: None, lambda: None)
 
-        def run(names, fed):
+        def run(names, fed, options):
             self.times.append(fed["timestep"].tolist())
-            return own.run(names, fed)
+            return own.run(names, fed, options)
 
         hooked.run = run
         super().__init__(Sessions(session(STEP), timestep=Part(hooked)))
@@ -72,7 +72,7 @@ def test_a_call_that_the_engine_is_closed_under_leaves_nothing():
     assert engine.sessions is not None and engine.sessions.timestep is not None
     hooked = engine.sessions.timestep.session
     own = hooked.run
-    hooked.run = lambda names, fed: (engine.close(), own(names, fed))[1]
+    hooked.run = lambda *call: (engine.close(), own(*call))[1]
     np.testing.assert_allclose(engine.run(call(7))["y"], np.sin(np.full((1, 2), 7, np.float32)), rtol=1e-6)
     assert not engine.kept_timesteps
 
@@ -88,6 +88,16 @@ def test_more_timesteps_than_are_kept():
     engine, times = Engine(), np.arange(KEPT_TIMESTEPS + 2)
     assert np.array_equal(engine.run(call(*times))["y"][:, 0], engine.run(call(*times))["y"][:, 0])
     assert engine.times == [times.tolist(), [0, 1]] and len(engine.kept_timesteps) == KEPT_TIMESTEPS
+
+
+def test_what_a_caller_holds_is_no_part_of_the_arena():
+    """Its regions go back to the system only as a whole."""
+    own, fed = session(STEP), {"hidden_states": np.ones((2, 2), np.float32), "wave": np.ones((2, 1), np.float32)}
+    assert own.get_session_options().enable_cpu_mem_arena
+    first = run_session(own, ["y"], fed)["y"]
+    assert first.flags.owndata
+    run_session(own, ["y"], fed | {"wave": np.zeros((2, 1), np.float32)})
+    np.testing.assert_array_equal(first, np.ones((2, 2)))
 
 
 def test_what_is_kept_lies_in_one_block():

@@ -50,17 +50,17 @@ class Hooked:
     def __init__(self, session: Any, before: Callable[[], object], after: Callable[[], object]) -> None:
         self.session, self.before, self.after = session, before, after
         self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
-        self.io_binding = session.io_binding
+        self.io_binding, self.get_session_options = session.io_binding, session.get_session_options
 
-    def run(self, names: list[str], fed: dict[str, Any]) -> list[Any]:
+    def run(self, names: list[str], fed: dict[str, Any], options: Any = None) -> list[Any]:
         self.before()
-        outputs: list[Any] = self.session.run(names, fed)
+        outputs: list[Any] = self.session.run(names, fed, options)
         self.after()
         return outputs
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
         self.before()
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, options)
         self.after()
 
 
