@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
@@ -19,7 +19,7 @@ from export.models.families import DENOISER, FAMILIES, TEXT_ENCODER, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import Engine
+from pipeline.backends.base import Backend, Engine
 from pipeline.bundle import manifest
 from pipeline.bundle.contents import GENERATION_FILES, HUB_FILES, refuse_strange_files, refuse_unknown_targets
 from pipeline.bundle.hub import located
@@ -95,14 +95,20 @@ class Bundle:
         ContractError. What that guarantees against whom is in in_place.py.
         """
         backend, threads = BACKENDS[self.choose(target)], machine.threads(self.threads)
-        files = self.manifest["files"]
-        held = held_files(self.path, {name: files[name] for name in files if name in backend.files})
+        held = held_files(self.path, self._files_of(backend))
         if held is None:
             with self.copied(backend.files.__contains__) as private:
                 return backend.load(private.path, threads)
         engine = HoldingEngine(backend.load(self.path, threads), held)
         held.refuse_replaced()
         return engine
+
+    def engine_bytes(self, target: str = "auto") -> int:
+        """Size of the files that `engine` loads: about the memory that an engine takes before its first call."""
+        return sum(row["size"] for row in self._files_of(BACKENDS[self.choose(target)]).values())
+
+    def _files_of(self, backend: Backend[Any]) -> dict[str, File]:
+        return {name: row for name, row in self.manifest["files"].items() if name in backend.files}
 
     @contextmanager
     def copied(self, takes: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
