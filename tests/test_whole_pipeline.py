@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,10 @@ def test_its_components_are_bundles_and_its_own_gates_hold(bundle: Path) -> None
     report = json.loads((bundle / "report" / "parity.json").read_text())
     assert report["passed"] and {gate["name"] for gate in report["gates"]} == GATES
     assert all(json.loads((bundle / name / "report/parity.json").read_text())["passed"] for name in COMPONENTS)
+    page = (bundle / "report" / "index.html").read_text()
+    links = {(bundle / "report" / link).resolve() for link in re.findall(r"href='([^']*)'", page)}
+    assert {bundle / name / "report/index.html" for name in COMPONENTS} <= links
+    assert all(link.is_file() for link in links) and "PASSED" in page
     assert load(bundle / "text_encoder").manifest["counts"]["quantized"] == 14
 
 
@@ -249,8 +254,12 @@ def test_where_runs_part_widely_a_fault_still_fails(
     assert {gate.name for gate in report.failures()} == {"calls_ulps"}, report.sentence()
 
 
-def test_it_is_verified_again_whole(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(bundle)]) == 0
+def test_it_is_verified_again_whole(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(bundle), "-o", str(tmp_path / "new")]) == 0
+    page = (tmp_path / "new" / "index.html").read_text()
+    links = re.findall(r"href='([^']*)'", page)
+    assert {"text_encoder/index.html", "parity.json"} <= set(links)
+    assert all((tmp_path / "new" / link).is_file() for link in links)
     answer = capsys.readouterr().out
     assert all(f"ok    {name}" in answer for name in ("picture_psnr_db", "calls_ulps", "text_encoder/cpu/gemm_exact"))
     assert all(f"ok    {name}/cpu/finite" in answer for name in COMPONENTS)
