@@ -100,7 +100,11 @@ class Bundle:
             with self.copied(backend.files.__contains__) as private:
                 return backend.load(private.path, threads)
         engine = HoldingEngine(backend.load(self.path, threads), held)
-        held.refuse_replaced()
+        try:
+            held.refuse_replaced()
+        except ContractError:
+            engine.close()
+            raise
         return engine
 
     def engine_bytes(self, target: str = "auto") -> int:
