@@ -39,12 +39,11 @@ from pipeline.generate.convert_tokenizer import convert_tokenizer
 from pipeline.generate.pipeline_classes import TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE
 from pipeline.parts import SCHEDULER, Part, PipelineFolder, read_folder
-from pipeline.verify.report import Report
 
 logger = logging.getLogger(__name__)
 # What the other components are built for, whatever the denoiser is: they run once for a picture.
 OTHERS_TARGETS = ("cpu", PORTABLE)
-REPORT = "report/parity.json"
+REPORT = "report"
 
 
 def compile_pipeline(request: BuildRequest, only: str | None = None) -> Path:
@@ -170,25 +169,22 @@ def write_others(folder: PipelineFolder, bundle: Path) -> None:
 
 
 def proven(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> None:
-    """Stage: the pipeline's own gates. A failure raises ParityError; the report is kept among the rejected."""
+    """Stage: the pipeline's own gates, and its page. A failure raises ParityError; the report is kept among the
+    rejected."""
     from pipeline.verify.pipeline_gates import pipeline_report
+    from pipeline.verify.pipeline_page import PAGE, write_pipeline_page
 
     remove(work.bundle / REPORT)
-
-    def prove() -> Report:
-        # pipeline.json is written last: it seals the folder, in which an interrupted build goes on
-        return pipeline_report(pipeline_bundle.opened(work.bundle, composed(request, folder, work)), folder)
-
-    report, spent = timed("pipeline", prove, request.listener)
+    # pipeline.json is written last: it seals the folder, in which an interrupted build goes on
+    whole = pipeline_bundle.opened(work.bundle, composed(request, folder, work))
+    report, spent = timed("pipeline", lambda: pipeline_report(whole, folder), request.listener)
     work.times.append(spent)
-    path = work.bundle / REPORT
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(report.to_json(), encoding="utf-8")
+    reports = {name: bundle.path / REPORT for name, bundle in whole.components.items()}
+    write_pipeline_page(report, whole, reports, work.bundle / REPORT)
     if not report.passed:
         rejected = request.rejected_path / REPORT
-        rejected.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, rejected)
-        raise ParityError(f"{report.sentence()}; see {rejected}")
+        write_pipeline_page(report, whole, reports, rejected)
+        raise ParityError(f"{report.sentence()}; see {rejected / PAGE}")
     for gate in report.gates:
         logger.info("pipeline/%s: %g %s, limit %g", gate.name, gate.value, gate.unit, gate.limit)
 

@@ -11,7 +11,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -150,16 +150,20 @@ def container_cpus() -> float | None:
     The least of the limits of this process' control group and of the groups above it, of version 2 (cpu.max) or
     version 1 (cpu.cfs_quota_us). A container may see its own group as the root.
     """
-    limits = []
+    limits = (_quota(group) for group in _control_groups("cpu"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Folders of this process' control group for a controller, and of those above it, wherever they may lie."""
     for line in _text(ROOT / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mounts = [ROOT / "sys/fs/cgroup"] if not controllers else []
-        mounts += [ROOT / "sys/fs/cgroup" / name for name in (controllers, "cpu", "unified") if name]
+        mounts += [ROOT / "sys/fs/cgroup" / name for name in (controllers, controller, "unified") if name]
         group = Path(path.lstrip("/"))
-        limits += [_quota(mount / part) for mount in mounts for part in (group, *group.parents)]
-    return min((limit for limit in limits if limit is not None), default=None)
+        yield from (mount / part for mount in mounts for part in (group, *group.parents))
 
 
 def _quota(group: Path) -> float | None:
@@ -206,10 +210,31 @@ def facts() -> Facts:
 
 
 def available_memory_bytes() -> int:
-    """Memory that new work can take without swapping."""
+    """Memory that new work can take without swapping, within the container's limit."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    here, allowed = int(psutil.virtual_memory().available), container_memory_bytes()
+    return here if allowed is None else min(here, allowed)
+
+
+def container_memory_bytes() -> int | None:
+    """Memory that the container's limits leave to new work; None without a limit. Groups as of `container_cpus`."""
+    left = (_memory_left(group) for group in _control_groups("memory"))
+    return min((size for size in left if size is not None), default=None)
+
+
+def _memory_left(group: Path) -> int | None:
+    """Of one control group, of version 2 or 1. What holds contents of files counts as free: it is given up when asked
+    for."""
+    for limit, used, files in (
+        ("memory.max", "memory.current", "file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ):
+        numbers = [_text(group / name).strip() for name in (limit, used)]
+        if all(number.isdigit() for number in numbers):  # "max", or no file: no limit
+            kept = re.search(rf"^{files} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
+            return max(0, int(numbers[0]) - int(numbers[1]) + (int(kept.group(1)) if kept else 0))
+    return None
 
 
 def refuse_too_large(needed_bytes: int, what: str, remedy: str) -> None:

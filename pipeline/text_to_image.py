@@ -6,6 +6,7 @@ people, `start` for whoever shares out the steps of a batch, as pipeline/serve d
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from export.documents import shown
 from export.errors import RecipeError
-from pipeline import load
+from pipeline import load, machine
 from pipeline.backends.base import Arrays
 from pipeline.bundle.hub import located
 from pipeline.bundle.pipeline_bundle import PipelineBundle, is_pipeline, load_pipeline
@@ -40,9 +41,13 @@ if TYPE_CHECKING:
 
     from pipeline.bundle.bundle import Bundle
 
+logger = logging.getLogger(__name__)
 # (the batch that is drawn, number of the step that ended, its timestep, {"latents": [B, C, H, W] float32}) -> other
 # latents to go on with under the same name, or None.
 Callback = Callable[[Drawing, int, float, Arrays], Arrays | None]
+# Of the free memory, what the weights of all parts may take where all are kept. Calls need the rest: a decoder takes
+# several times its weights for a tile, a denoiser some hundreds of megabytes for a batch, whatever the model's size.
+KEPT_SHARE = 0.5
 # What image-to-image changes a picture by, as diffusers has it.
 STRENGTH = 0.8
 
@@ -78,20 +83,22 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, target: str = "auto", threads: int | None = None, keep_loaded: bool = False
+        cls, path: str | Path, target: str = "auto", threads: int | None = None, keep_loaded: bool | None = False
     ) -> Pipeline:
         """The pipeline of a bundle folder, whose files are verified; target and threads as `generate` takes them.
 
         keep_loaded: of a whole pipeline, keep all of its parts in memory; else each is loaded when it is needed, and
-        let go before the next one is.
+        let go before the next one is. None: keep them where memory suffices, which is for servers: they draw again and
+        again, and whoever draws once may want the memory for something else.
         """
         with located(path) as folder:
             if not is_pipeline(folder):
                 bundle = load(folder, threads)
                 return cls(PixelModel(bundle, target), bundle)
             whole = load_pipeline(folder, threads)
+            kept = keeps_loaded(whole, target) if keep_loaded is None else keep_loaded
             with whole.source(target) as source:
-                return cls(LatentModel(source, keep_loaded), whole)
+                return cls(LatentModel(source, kept), whole)
 
     def __call__(
         self,
@@ -214,6 +221,22 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def keeps_loaded(bundle: PipelineBundle, target: str = "auto") -> bool:
+    """Is there memory for all parts of a whole pipeline at once? Also says so in the log, where it is decided."""
+    weights, free = bundle.engine_bytes(target), machine.available_memory_bytes()
+    sizes = f"{weights / 2**30:.2f} GiB of weights, {free / 2**30:.1f} GiB of memory are free"
+    if weights <= KEPT_SHARE * free:
+        logger.info("%s: all parts stay in memory (%s)", bundle.name, sizes)
+        return True
+    logger.warning(
+        "%s: parts are loaded anew for every batch, and let go in turn, as their weights would take more than half of "
+        "the free memory (%s); --keep-loaded keeps them all the same",
+        bundle.name,
+        sizes,
+    )
+    return False
 
 
 def _draw(drawing: Drawing, on_step: Callback | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +21,14 @@ from pipeline.bundle.pipeline_bundle import load_pipeline
 from pipeline.generate import latent_model
 from pipeline.parts import read_folder
 from pipeline.verify import pipeline_gates
+from pipeline.verify.report import Report
 from tests.support import pipelines
 from tests.support.quick_build import measure_little
 from tests.support.tiny_text import t5_folder
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 COMPONENTS = ["text_encoder", "transformer", "vae_decoder"]
-GATES = {"tokenizer/ids_differing", "picture_psnr_db"}
+GATES = {"tokenizer/ids_differing", "picture_psnr_db", "calls_ulps"}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,10 @@ def test_its_components_are_bundles_and_its_own_gates_hold(bundle: Path) -> None
     report = json.loads((bundle / "report" / "parity.json").read_text())
     assert report["passed"] and {gate["name"] for gate in report["gates"]} == GATES
     assert all(json.loads((bundle / name / "report/parity.json").read_text())["passed"] for name in COMPONENTS)
+    page = (bundle / "report" / "index.html").read_text()
+    links = {(bundle / "report" / link).resolve() for link in re.findall(r"href='([^']*)'", page)}
+    assert {bundle / name / "report/index.html" for name in COMPONENTS} <= links
+    assert all(link.is_file() for link in links) and "PASSED" in page
     assert load(bundle / "text_encoder").manifest["counts"]["quantized"] == 14
 
 
@@ -146,36 +153,115 @@ def _no_mask(right: Any) -> Any:
     }
 
 
-def _other_scale(right: Any) -> Any:
+def _longer_mask(right: Any) -> Any:
+    """One token of padding is seen."""
+
+    def longer(mask: Any) -> Any:
+        mask = mask.copy()
+        mask[:, int(mask.sum(axis=1).min())] = 1
+        return mask
+
+    return lambda self, *rest: {
+        name: longer(value) if "mask" in name else value for name, value in right(self, *rest).items()
+    }
+
+
+def _scaled(by: float) -> Any:
     """Latents are decoded by another scaling factor."""
-    return lambda self, latents, **rest: right(self, latents * np.float32(0.9), **rest)
+    return lambda right: lambda self, latents, **rest: right(self, latents * np.float32(by), **rest)
 
 
-def _other_guidance(right: Any) -> Any:
+def _guided(scale: float) -> Any:
     """Guidance is not the caller's."""
-    return lambda self, batches, n_steps, scale, *rest: right(self, batches, n_steps, 2.0, *rest)
+    return lambda right: lambda self, batches, n_steps, _, *rest: right(self, batches, n_steps, scale, *rest)
 
 
-# What lies between components, spoilt in ways that a component's own gates cannot see.
-FAULTS = {"_encode": _no_mask, "_decode": _other_scale, "start": _other_guidance}
+def _later(right: Any) -> Any:
+    """The model is told of other timesteps than the scheduler's."""
+
+    def spoilt(self: Any, *rest: Any) -> Any:
+        scheduler = right(self, *rest)
+        scheduler.timesteps = scheduler.timesteps - np.float32(0.01)
+        return scheduler
+
+    return spoilt
+
+
+# What lies between components, spoilt in ways that a component's own gates cannot see: coarsely, and by a little.
+FAULTS = {"_encode": _no_mask, "_decode": _scaled(0.9), "start": _guided(2.0)}
+SMALL_FAULTS = {"_encode": _longer_mask, "_decode": _scaled(1.0001), "start": _guided(4.4999), "_scheduler": _later}
+
+
+def gates_of(bundle: Path, folder: Path) -> Report:
+    whole = load_pipeline(bundle)
+    recipe = whole.components["transformer"].recipe
+    return pipeline_gates.pipeline_report(whole, read_folder(replace(recipe, model=str(folder))))
+
+
+def spoil(faults: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_model.LatentModel, name, faults[name](getattr(latent_model.LatentModel, name)))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_between_components_fails_the_picture(
+def test_a_fault_between_components_fails_both_gates(
     fault: str, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_pipeline(bundle)
-    recipe = whole.components["transformer"].recipe
-    monkeypatch.setattr(latent_model.LatentModel, fault, FAULTS[fault](getattr(latent_model.LatentModel, fault)))
-    report = pipeline_gates.pipeline_report(whole, read_folder(replace(recipe, model=str(folder))))
-    failed = {gate.name for gate in report.failures()}
-    assert failed == {"picture_psnr_db"}, report.sentence()
+    spoil(FAULTS, fault, monkeypatch)
+    report = gates_of(bundle, folder)
+    assert {gate.name for gate in report.failures()} == {"picture_psnr_db", "calls_ulps"}, report.sentence()
 
 
-def test_it_is_verified_again_whole(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(bundle)]) == 0
+@pytest.mark.parametrize("fault", SMALL_FAULTS)
+def test_a_small_fault_fails_the_gate_that_compares_calls(
+    fault: str, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(SMALL_FAULTS, fault, monkeypatch)
+    report = gates_of(bundle, folder)
+    assert "calls_ulps" in {gate.name for gate in report.failures()}, report.sentence()
+
+
+@pytest.fixture
+def wild(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A denoiser in which the last bit of the latents decides all, as where a code flips early in a deep model."""
+    right = pipeline_gates.Shared.run
+
+    def run(self: pipeline_gates.Shared, inputs: dict[str, Any]) -> dict[str, Any]:
+        outputs = right(self, inputs)
+        if self.name != "transformer":
+            return outputs
+        tokens = inputs["encoder_attention_mask"].sum(axis=1)  # so that guidance has something to go by
+        samples = zip(self.move(inputs)["hidden_states"], tokens, strict=True)
+        seeds = [list(hashlib.sha256(latents.tobytes() + count.tobytes()).digest()) for latents, count in samples]
+        noise = [np.random.default_rng(seed).standard_normal(outputs["sample"][0].shape) for seed in seeds]
+        return outputs | {"sample": np.asarray(noise, np.float32)}
+
+    monkeypatch.setattr(pipeline_gates.Shared, "run", run)
+
+
+def test_where_runs_part_widely_a_right_pipeline_passes(bundle: Path, folder: Path, wild: None) -> None:
+    report = gates_of(bundle, folder)
+    limit = next(gate.limit for gate in report.gates if gate.name == "picture_psnr_db")
+    assert report.passed and limit < 30, report.sentence()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_where_runs_part_widely_a_fault_still_fails(
+    fault: str, bundle: Path, folder: Path, wild: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture's own gate lets it pass there."""
+    spoil(FAULTS, fault, monkeypatch)
+    report = gates_of(bundle, folder)
+    assert {gate.name for gate in report.failures()} == {"calls_ulps"}, report.sentence()
+
+
+def test_it_is_verified_again_whole(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(bundle), "-o", str(tmp_path / "new")]) == 0
+    page = (tmp_path / "new" / "index.html").read_text()
+    links = re.findall(r"href='([^']*)'", page)
+    assert {"text_encoder/index.html", "parity.json"} <= set(links)
+    assert all((tmp_path / "new" / link).is_file() for link in links)
     answer = capsys.readouterr().out
-    assert all(f"ok    {name}" in answer for name in ("picture_psnr_db", "text_encoder/cpu/gemm_exact"))
+    assert all(f"ok    {name}" in answer for name in ("picture_psnr_db", "calls_ulps", "text_encoder/cpu/gemm_exact"))
     assert all(f"ok    {name}/cpu/finite" in answer for name in COMPONENTS)
 
 

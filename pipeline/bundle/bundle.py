@@ -9,9 +9,9 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from export.documents import open_file, sha256
+from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
@@ -19,10 +19,11 @@ from export.models.families import DENOISER, FAMILIES, TEXT_ENCODER, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import Engine
+from pipeline.backends.base import Backend, Engine
 from pipeline.bundle import manifest
 from pipeline.bundle.contents import GENERATION_FILES, HUB_FILES, refuse_strange_files, refuse_unknown_targets
 from pipeline.bundle.hub import located
+from pipeline.bundle.in_place import HoldingEngine, digest, held_files
 from pipeline.bundle.manifest_schema import File, Manifest
 from pipeline.bundle.snapshot import REMEDY, verified_copy
 from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
@@ -88,12 +89,30 @@ class Bundle:
     def engine(self, target: str = "auto") -> Engine:
         """Load the engine of `target`, or of the fastest target that fits this machine.
 
-        It is loaded from a private copy, hashed while it is made: what happens to the bundle's files later cannot
-        change it.
+        Small files, and those that other users may change, are loaded from a private copy, hashed while it is made:
+        what happens to the bundle's files later cannot change the engine (snapshot.py). Large ones are used where they
+        lie, and hashed at the first load of a process alone: a call of an engine whose files were changed raises
+        ContractError. What that guarantees against whom is in in_place.py.
         """
-        backend = BACKENDS[self.choose(target)]
-        with self.copied(backend.files.__contains__) as private:
-            return backend.load(private.path, machine.threads(self.threads))
+        backend, threads = BACKENDS[self.choose(target)], machine.threads(self.threads)
+        held = held_files(self.path, self._files_of(backend))
+        if held is None:
+            with self.copied(backend.files.__contains__) as private:
+                return backend.load(private.path, threads)
+        engine = HoldingEngine(backend.load(self.path, threads), held)
+        try:
+            held.refuse_replaced()
+        except ContractError:
+            engine.close()
+            raise
+        return engine
+
+    def engine_bytes(self, target: str = "auto") -> int:
+        """Size of the files that `engine` loads: about the memory that an engine takes before its first call."""
+        return sum(row["size"] for row in self._files_of(BACKENDS[self.choose(target)]).values())
+
+    def _files_of(self, backend: Backend[Any]) -> dict[str, File]:
+        return {name: row for name, row in self.manifest["files"].items() if name in backend.files}
 
     @contextmanager
     def copied(self, takes: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
@@ -199,9 +218,10 @@ def verify_files(folder: Path, files: Mapping[str, File]) -> None:
 def verify_listed(folder: Path, names: AbstractSet[str], files: Mapping[str, File], table: str) -> None:
     """Compare the files `names` of a folder, relative to it, with the table of files of the document called `table`.
 
-    Raises ContractError naming the first difference.
+    A file that this process has hashed, and that did not change since, is not read again. Raises ContractError naming
+    the first difference.
     """
-    links = (name for name in sorted(names) if (folder / name).is_symlink())  # sha256 refuses pipes and devices
+    links = (name for name in sorted(names) if (folder / name).is_symlink())  # open_file refuses pipes and devices
     foreign = [name for name in links if not is_hub_link(folder / name, folder)]
     if foreign:
         raise ContractError(f"{folder / foreign[0]} is a link; a bundle has plain files only, copy it with cp -rL")
@@ -211,7 +231,8 @@ def verify_listed(folder: Path, names: AbstractSet[str], files: Mapping[str, Fil
     for path, row in ((folder / name, row) for name, row in files.items()):
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-        if size != row["size"]:
-            raise ContractError(f"{path} has {size} bytes, the {table} says {row['size']}; {REMEDY}")
-        if sha256(path) != row["sha256"]:
+            if size != row["size"]:
+                raise ContractError(f"{path} has {size} bytes, the {table} says {row['size']}; {REMEDY}")
+            found = digest(file)
+        if found != row["sha256"]:
             raise ContractError(f"{path} differs from the {table} (sha256); {REMEDY}")

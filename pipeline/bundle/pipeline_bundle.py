@@ -88,12 +88,19 @@ class PipelineBundle:
         size = self.components[TRANSFORMER].recipe.sampling
         return size.height or None, size.width or None
 
+    def engine_bytes(self, target: str = "auto") -> int:
+        """As of a Bundle, of all components together. target: of the denoiser."""
+        return sum(self.components[name].engine_bytes(own) for name, own in self._targets(target).items())
+
+    def _targets(self, target: str) -> dict[str, str]:
+        return {name: target if name == TRANSFORMER else "auto" for name in self.components}
+
     @contextmanager
     def source(self, target: str = "auto") -> Iterator[PipelineSource]:
         """What a run time draws with, while the context lasts; engines may be loaded after it. Its files are a private,
         verified copy. target: of the denoiser. Raises what `Bundle.choose` raises."""
+        targets = self._targets(target)
         self.components[TRANSFORMER].choose(target)  # refused before a text encoder has run
-        targets = {name: target if name == TRANSFORMER else "auto" for name in self.components}
         height, width = self.height_and_width()
         with verified_copy(self.path, self.manifest["files"]) as private:
             yield PipelineSource(

@@ -3,7 +3,8 @@
 Between a check and the load a file can be swapped or written to, and onnxruntime maps weights into memory, so that a
 file changed in place changes the results of a live engine. So engines are loaded from a copy in a folder of this
 user's that nobody else may enter, and the hash is that of the very bytes written there. After loading the copy is
-removed: what is still mapped lives on without a name.
+removed: what is still mapped lives on without a name. Large files that nobody else may change are not copied for every
+load: in_place.py has them, and what is guaranteed then.
 
 Weights handed over in memory would need no copy on disk, but onnxruntime keeps such buffers beside its packed form
 for as long as the session lives: 783 MiB instead of 416 for 400 MB of int8 weights.

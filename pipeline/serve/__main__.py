@@ -52,8 +52,11 @@ def make_parser() -> Parser:
     text = "of a request, from its arrival to its last picture; then it gets a 504"
     flags.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help=text)
     flags.add_argument("--target", default="auto", help="as of generate")
-    text = "keep all parts of a whole pipeline in memory; else each is loaded anew for every batch, and let go after it"
-    flags.add_argument("--keep-loaded", action="store_true", help=text)
+    text = (
+        "keep all parts of a whole pipeline in memory, or load each anew for every batch and let it go (default: keep "
+    )
+    text += "them where their files take at most half of the memory that is free)"
+    flags.add_argument("--keep-loaded", action=argparse.BooleanOptionalAction, help=text)
     add_threads(flags)
     text = "have replicas on a Ray cluster draw, of several machines with the same bundle at the same path"
     flags.add_argument("--ray", action="store_true", help=text)
@@ -155,7 +158,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         names, address = names_of(listener, args.allowed_host), address_of(listener)
         if not is_local(listener) and key is None:
             logger.warning("%s can be reached from other machines, without an API key: see --api-key", args.host)
-        with Pipeline.load(args.bundle, args.target, args.threads, args.keep_loaded) as pipeline:
+        kept = args.keep_loaded if scale is None else False  # replicas keep theirs, this process has none
+        with Pipeline.load(args.bundle, args.target, args.threads, kept) as pipeline:
             name = f"ditc-{listener.getsockname()[1]}-{os.getpid()}"
             with make_service(pipeline, limits, scale, args, name) as service:
                 service.start()
@@ -177,7 +181,10 @@ def make_service(
 
     assert pipeline.bundle is not None  # a server's pipeline is opened from one
     pipeline.close()
-    with joined(args.ray_address, scale), replicas(pipeline.bundle, args.target, scale, name) as drawers:
+    with (
+        joined(args.ray_address, scale),
+        replicas(pipeline.bundle, args.target, scale, name, args.keep_loaded) as drawers,
+    ):
         yield Service(pipeline, limits, drawers.start_batch, scale.most)
 
 

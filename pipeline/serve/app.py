@@ -26,6 +26,8 @@ from starlette.types import Receive, Scope, Send
 
 from export.errors import RecipeError, UserError
 from pipeline import machine
+from pipeline.bundle.bundle import Bundle
+from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.bundle.snapshot import read_verified
 from pipeline.serve import images_request, metrics
 from pipeline.serve.border import Border
@@ -89,8 +91,15 @@ def make_app(service: Service, api_key: str | None = None, names: frozenset[str]
 
     @app.get("/report/{name:path}")
     async def report(name: str) -> Response:
-        """The bundle's own report on its engine."""
-        return _report(service, REPORT + (name or "index.html"))
+        """The bundle's own report on its engine, or on its pipeline."""
+        return _report(service.pipeline.bundle, REPORT + (name or "index.html"))
+
+    @app.get("/{component}/report/{name:path}")
+    async def report_of_component(component: str, name: str) -> Response:
+        """What the report on a pipeline leads to."""
+        whole = service.pipeline.bundle
+        part = whole.components.get(component) if isinstance(whole, PipelineBundle) else None
+        return _report(part, REPORT + (name or "index.html"))
 
     @app.get("/health")
     async def health() -> Response:
@@ -116,9 +125,8 @@ def _file_of_page(name: str) -> Any:
     return file
 
 
-def _report(service: Service, name: str) -> Response:
+def _report(bundle: Bundle | PipelineBundle | None, name: str) -> Response:
     """A file of the bundle's report, as its manifest has it. Raises ApiError for any other."""
-    bundle = service.pipeline.bundle
     row = None if bundle is None else bundle.manifest["files"].get(name)
     if bundle is None or row is None:
         raise ApiError(404, f"the bundle has no {name}")

@@ -121,17 +121,19 @@ def _refuse_small(scale: Scale) -> None:
 
 
 @contextmanager
-def replicas(bundle: Bundle | PipelineBundle, target: str, scale: Scale, name: str) -> Iterator[Replicas]:
+def replicas(
+    bundle: Bundle | PipelineBundle, target: str, scale: Scale, name: str, keep_loaded: bool | None = None
+) -> Iterator[Replicas]:
     """Replicas of a bundle's engine, all started, under a name that no other application of the cluster has.
 
-    Raises EnvironmentLacksError where they do not start.
+    keep_loaded: as of a Replica. Raises EnvironmentLacksError where they do not start.
     """
     from ray import serve
 
     path = bundle.path.resolve()
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
     deployment = serve.deployment(Replica, name="engine", max_constructor_retry_count=STARTS, **scale.options)
-    application = deployment.bind(str(path), manifest_sha256(path), target, scale.cpus)
+    application = deployment.bind(str(path), manifest_sha256(path), target, scale.cpus, keep_loaded)
     try:
         try:
             handle = serve.run(application, name=name, route_prefix=None)

@@ -44,15 +44,15 @@ def manifest_sha256(bundle: Path) -> str:
 class Replica:
     """Draws orders, one at a time."""
 
-    def __init__(self, bundle: str, manifest: str, target: str, threads: int) -> None:
-        """bundle: a folder of this machine; manifest: the SHA-256 that the server's own has. Raises RecipeError for
-        another bundle than that."""
+    def __init__(self, bundle: str, manifest: str, target: str, threads: int, keep_loaded: bool | None = None) -> None:
+        """bundle: a folder of this machine; manifest: the SHA-256 that the server's own has. keep_loaded: as of
+        Pipeline.load, by the memory of the replica's machine. Raises RecipeError for another bundle than that."""
         if (own := manifest_sha256(Path(bundle))) != manifest:
             raise RecipeError(
                 f"{bundle} of this machine is another bundle (manifest {own[:12]}) than the server's "
                 f"({manifest[:12]}); copy the same one to every machine"
             )
-        self.pipeline = Pipeline.load(bundle, target, threads)
+        self.pipeline = Pipeline.load(bundle, target, threads, keep_loaded)
 
     async def draw(self, order: Order) -> AsyncIterator[Progress]:
         """Step by step. Steps are made in another thread, so that the cluster finds the replica alive meanwhile, and

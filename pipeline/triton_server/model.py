@@ -32,7 +32,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"]).get("parameters", {})
         threads = parameters.get("threads", {}).get("string_value")
         bundle = Path(args["model_repository"]) / "bundle"
-        self.pipeline = Pipeline.load(bundle, threads=int(threads) if threads else None)
+        self.pipeline = Pipeline.load(bundle, threads=int(threads) if threads else None, keep_loaded=None)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response for each request; one that cannot be drawn gets an error of one sentence."""

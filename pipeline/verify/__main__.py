@@ -82,21 +82,25 @@ def verify_bundle(
 def verify_pipeline(
     path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
 ) -> Report:
-    """Verify a pipeline bundle: its own gates, and every component as `verify_bundle` does, whose report goes into a
-    folder of its name in `report_dir` and whose gates have that name in front. flags: another folder of the pipeline
+    """Verify a pipeline bundle: its own gates, whose report goes into `report_dir`, and every component as
+    `verify_bundle` does, with a report in a folder of its name there. What is returned has the gates of all, the
+    components' with their names in front. flags: another folder of the pipeline
     than it was built from, and the variant of its weights."""
     machine.require_compiler("verifying a bundle")
     from pipeline.verify.pipeline_gates import pipeline_report
+    from pipeline.verify.pipeline_page import write_pipeline_page
 
     whole, _ = timed("files", lambda: load_pipeline(path, threads))
     recipe = with_model(recipes.from_dict(whole.manifest["recipe"], str(path / PIPELINE_FILE)), *flags)
     folder = read_folder(recipe)
-    report, _ = timed("pipeline", lambda: pipeline_report(whole, folder))
+    own, _ = timed("pipeline", lambda: pipeline_report(whole, folder))
+    report = Report(list(own.gates))
     for name in whole.components:
         part = folder.part(name).recipe
         of_part = (part.model, part.model_variant, None)
         component = verify_bundle(path / name, report_dir / name, of_part, threads)
         report.gates += [replace(gate, name=f"{name}/{gate.name}") for gate in component.gates]
+    write_pipeline_page(own, whole, {name: report_dir / name for name in whole.components}, report_dir)
     return report
 
 

@@ -18,24 +18,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.models.families import FAMILIES
-from pipeline.backends.base import Arrays, Engine
+from pipeline.backends.base import Arrays, Engine, only
 from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.distance import psnr_db
 from pipeline.generate.components import Components, PipelineSource
 from pipeline.generate.convert_tokenizer import read_tokenizer
 from pipeline.generate.latent_model import LatentModel
-from pipeline.generate.pipeline_classes import PIPELINES, TRANSFORMER
+from pipeline.generate.pipeline_classes import DECODER, PIPELINES, TRANSFORMER
 from pipeline.generate.pipeline_folder import captions, pipeline_arguments, shared_variant
 from pipeline.generate.schedulers.base import SeededNoise
 from pipeline.generate.tiles import Tiles
 from pipeline.parts import AUTOENCODERS, PipelineFolder
 from pipeline.text_to_image import Pipeline
-from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
+from pipeline.verify.gates import FACTOR, FACTOR_DB, ROUNDED_DB
+from pipeline.verify.replayed_calls import ROUNDING, Difference, Record, Recorded, Replayed, ulps
 from pipeline.verify.report import Gate, Report
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 # A first step, two in the middle and a last one: all that the rules of multistep schedulers tell apart.
@@ -45,7 +46,6 @@ RUNS = 3
 # NumPy and PyTorch round roots, logarithms and exponentials in a scheduler's tables to neighbours of each other, and a
 # step multiplies and adds a handful of such numbers.
 SCHEDULER_ULPS = 8.0
-ROUNDING = 2.0**-24
 # Beside captions, what tokenizers treat in ways of their own: writing systems, composed characters, spaces, length.
 TEXTS = (
     "",
@@ -65,7 +65,7 @@ def pipeline_report(bundle: PipelineBundle, folder: PipelineFolder) -> Report:
     with bundle.source() as source:
         parts = Components(source.engines, keep_loaded=True)
         try:
-            report.gates.append(picture_gate(source, parts, bundle, folder))
+            report.gates += picture_gates(source, parts, bundle, folder)
         finally:
             parts.close()
     return report
@@ -112,27 +112,74 @@ class Shared:
         """Whoever owns the components closes them."""
 
 
-def picture_gate(source: PipelineSource, parts: Components, bundle: PipelineBundle, folder: PipelineFolder) -> Gate:
-    """Pictures of `PROMPTS` prompts by STEPS steps: PSNR of ours to diffusers', the worst.
+def picture_gates(
+    source: PipelineSource, parts: Components, bundle: PipelineBundle, folder: PipelineFolder
+) -> list[Gate]:
+    """Pictures of `PROMPTS` prompts by STEPS steps, by our run time and by diffusers' pipeline on the same engines."""
+    engines: dict[str, Engine] = {name: Shared(parts, name) for name in source.engines}
+    shared = {TRANSFORMER: LatentModel(source).shared}
+    records = {name: Record(name, shared.get(name, frozenset())) for name in engines}
+    prompts = _prompts(folder)
+    recorded = {name: Recorded(engine, records[name]) for name, engine in engines.items()}
+    theirs = _diffusers_pictures(source, recorded, bundle, folder, prompts)
+    return [picture_gate(source, parts, theirs, prompts), calls_gate(source, engines, records, bundle, folder, prompts)]
+
+
+def picture_gate(
+    source: PipelineSource, parts: Components, theirs: NDArray[np.floating], prompts: Sequence[str]
+) -> Gate:
+    """PSNR of our pictures to diffusers', the worst.
 
     The limit: what the least roundings do. Runs of our own whose latents are moved by up to SCHEDULER_ULPS units of
     2^-24 before every call of the denoiser are equally right; where a code flips they part, and the worst of them less
-    FACTOR_DB is allowed. Where none flips, ROUNDED_DB is asked for.
+    FACTOR_DB is allowed. Where none flips, ROUNDED_DB is asked for. This limit has no floor: where flips make runs part
+    widely it lets anything pass, and `calls_gate` judges alone.
     """
-    engines = {name: _loader(Shared(parts, name)) for name in source.engines}
-    prompts, seeds = _prompts(folder), list(range(SEED, SEED + PROMPTS))
-    own = _drawn(replace(source, engines=engines), prompts)
-    theirs = _diffusers_pictures(source, parts, bundle, folder, prompts, seeds)
+    engines: dict[str, Engine] = {name: Shared(parts, name) for name in source.engines}
+    own = _drawn(source, engines, prompts)
     limit = ROUNDED_DB
     for run in range(RUNS):
         moved = Shared(parts, TRANSFORMER, _mover(run))
-        again = _drawn(replace(source, engines=engines | {TRANSFORMER: _loader(moved)}), prompts)
+        again = _drawn(source, engines | {TRANSFORMER: moved}, prompts)
         limit = min(limit, _worst_db(own, again) - FACTOR_DB)
     why = (
         f"worst of {PROMPTS} pictures of {STEPS} steps against diffusers' pipeline on the same engines; limit: of our "
         f"own with latents moved by roundings, less {FACTOR_DB:.0f} dB"
     )
     return Gate("picture_psnr_db", _worst_db(theirs, own), limit, "dB", why, at_most=False)
+
+
+def calls_gate(
+    source: PipelineSource,
+    engines: Mapping[str, Engine],
+    records: Mapping[str, Record],
+    bundle: PipelineBundle,
+    folder: PipelineFolder,
+    prompts: Sequence[str],
+) -> Gate:
+    """Everything that our run time gives an engine, and its pictures, against what diffusers' pipeline does, where both
+    get the same answers, so that no code flips and nothing piles up (pipeline/verify/replayed_calls.py).
+
+    records: of diffusers' run, but for the decoder, which it then calls in its own tiles. The limit: a step of a
+    scheduler rounds by SCHEDULER_ULPS at most, what STEPS of them do adds up, and numbers may become smaller by FACTOR
+    from the noise to the decoder's latents while their errors stay.
+    """
+    replayed = {name: Replayed(engine, records[name]) for name, engine in engines.items()}
+    decoder = Recorded(engines[DECODER], records[DECODER])
+    theirs = _diffusers_pictures(source, replayed, bundle, folder, prompts, decoder)
+    for record in records.values():
+        record.differences.clear()  # of diffusers' own calls
+    own = _drawn(source, replayed, prompts)
+    differences = [row for record in records.values() for row in record.differences]
+    differences += [Difference(ulps(one, other), "the picture") for one, other in zip(own, theirs, strict=True)]
+    worst = max(differences, key=lambda row: row.ulps)
+    seen = f"the worst is {worst.where}" if worst.ulps else "all are equal to the bit"
+    why = (
+        f"what engines are given for {len(differences) - PROMPTS} samples, and {PROMPTS} pictures, against diffusers' "
+        f"pipeline, with equal answers of the engines: {seen}; limit: {STEPS} steps that round by "
+        f"{SCHEDULER_ULPS:g} units of 2^-24 of the largest number, times {FACTOR:g}"
+    )
+    return Gate("calls_ulps", worst.ulps, FACTOR * STEPS * SCHEDULER_ULPS, "ulp", why)
 
 
 def _loader(engine: Engine) -> Callable[[], Engine]:
@@ -162,9 +209,10 @@ def _prompts(folder: PipelineFolder) -> list[str]:
     return captions(PROMPTS, SEED)
 
 
-def _drawn(source: PipelineSource, prompts: Sequence[str]) -> NDArray[np.float32]:
+def _drawn(source: PipelineSource, engines: Mapping[str, Engine], prompts: Sequence[str]) -> NDArray[np.float32]:
     """Ours, [B, H, W, 3] from 0 to 1; the picture of each prompt has a seed of its own."""
-    model = LatentModel(source, keep_loaded=True)
+    loaders = {name: _loader(engine) for name, engine in engines.items()}
+    model = LatentModel(replace(source, engines=loaders), keep_loaded=True)
     outputs = [
         Pipeline(model)(prompt, num_inference_steps=STEPS, seed=SEED + i, output_type="np")
         for i, prompt in enumerate(prompts)
@@ -174,19 +222,20 @@ def _drawn(source: PipelineSource, prompts: Sequence[str]) -> NDArray[np.float32
 
 def _diffusers_pictures(
     source: PipelineSource,
-    parts: Components,
+    engines: Mapping[str, Engine],
     bundle: PipelineBundle,
     folder: PipelineFolder,
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    decoder: Engine | None = None,
 ) -> NDArray[np.floating]:
-    """Theirs, with the same engines in it. Guidance is not said: the default of ours is compared with theirs, too."""
+    """Theirs, as of `_drawn`, with the same engines in it. Guidance is not said: the default of ours is compared with
+    theirs, too. decoder: as of `diffusers_pipeline`."""
     import torch
 
-    model = LatentModel(source, keep_loaded=True)
-    pipe = diffusers_pipeline(parts, bundle, folder)
+    model = LatentModel(source)
+    pipe = diffusers_pipeline(engines, bundle, folder, decoder)
     pictures = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
+    for seed, prompt in enumerate(prompts, SEED):
         noise = SeededNoise([seed])
         latents = torch.from_numpy(noise((1, *model.latent_shape)))
         named = pipeline_arguments(pipe, bundle.components[TRANSFORMER].recipe.sampling, [prompt])
@@ -223,9 +272,12 @@ def _noise_of(scheduler: object, noise: SeededNoise, latents: torch.Tensor, pipe
             module.randn_tensor = function  # type: ignore[attr-defined]
 
 
-def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: PipelineFolder) -> DiffusionPipeline:
-    """The diffusers pipeline of a folder with `parts` in the place of its denoiser and text encoders. Its autoencoder
-    is its own, with the weights that engines store: no part of that is quantized."""
+def diffusers_pipeline(
+    engines: Mapping[str, Engine], bundle: PipelineBundle, folder: PipelineFolder, decoder: Engine | None = None
+) -> DiffusionPipeline:
+    """The diffusers pipeline of a folder with `engines` in the place of its denoiser and text encoders. Its autoencoder
+    is its own, with the weights that engines store: no part of that is quantized. decoder: in the place of the half of
+    the autoencoder that decodes a tile."""
     import diffusers
 
     from export.models.load import stored_value
@@ -238,9 +290,9 @@ def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: Pipeli
             denoiser = bundle.components[name]
             config = denoiser.config()
             family = FAMILIES[denoiser.manifest["model"]["family"]]
-            named[name] = EngineTransformer(Shared(parts, name), family, config, DrawnSize.of_bundle(denoiser, config))
+            named[name] = EngineTransformer(engines[name], family, config, DrawnSize.of_bundle(denoiser, config))
         elif name in bundle.components:
-            named[name] = EngineTextEncoder(Shared(parts, name), bundle.components[name].config())
+            named[name] = EngineTextEncoder(engines[name], bundle.components[name].config())
         elif class_name in AUTOENCODERS:
             autoencoder = getattr(diffusers, class_name).from_pretrained(
                 folder.root / name, variant=shared_variant(folder.root), local_files_only=True
@@ -250,6 +302,8 @@ def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: Pipeli
             tiles = Tiles.of_pixels(autoencoder.config)
             autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = tiles.pixels, tiles.latents
             autoencoder.enable_tiling()
+            if decoder is not None:
+                _replace_decoder(autoencoder, decoder)
             named[name] = autoencoder
         elif name in folder.tokenizers:
             named[name] = read_tokenizer(folder.root / name, class_name)
@@ -266,6 +320,17 @@ def diffusers_pipeline(parts: Components, bundle: PipelineBundle, folder: Pipeli
     pipe = cls(**{name: value for name, value in (absent | named).items() if name in taken})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _replace_decoder(autoencoder: AutoencoderKL, engine: Engine) -> None:
+    """Have an engine decode its tiles; cutting and blending them stays diffusers'."""
+    import torch
+
+    def decode(latents: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.from_numpy(only(engine.run({"latents": latents.contiguous().numpy()})))
+
+    autoencoder.post_quant_conv = torch.nn.Identity()  # it is the engine's first layer
+    autoencoder.decoder.forward = decode
 
 
 def _of_index(name: str, value: object) -> object:

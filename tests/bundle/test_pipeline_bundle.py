@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from export.documents import sha256
 from export.errors import ContractError, RecipeError
-from pipeline import load
-from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
+from pipeline import load, machine, text_to_image
+from pipeline.bundle.bundle import Bundle
+from pipeline.bundle.pipeline_bundle import PipelineBundle, is_pipeline, load_pipeline
 from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, write_json
 from tests.support.bundles import make_bundle
 
@@ -107,3 +109,37 @@ def test_damage_is_refused_by_name(damage: str, tmp_path: Path) -> None:
     hurt(write(tmp_path))
     with pytest.raises(ContractError, match=words):
         load_pipeline(tmp_path)
+
+
+def test_the_bytes_of_engines_are_those_of_the_targets_that_run(tmp_path: Path) -> None:
+    """Not the portable model's, nor what is no engine's."""
+    whole = load_pipeline(write(tmp_path))
+    size = (tmp_path / "transformer/cpu/model.onnx").stat().st_size
+    assert whole.components["transformer"].engine_bytes("cpu") == size
+    assert whole.engine_bytes("cpu") == len(COMPONENTS) * size
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10 * GIB, False), (14 * GIB, True)])
+def test_a_server_keeps_all_parts_where_memory_suffices(
+    free: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two engines of 3 GiB; and what is asked for is what is done."""
+    whole = load_pipeline(write(tmp_path))
+    made: list[bool] = []
+    monkeypatch.setattr(Bundle, "engine_bytes", lambda self, target: 3 * GIB)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(text_to_image, "load_pipeline", lambda *_: whole)
+    monkeypatch.setattr(PipelineBundle, "source", lambda self, target: nullcontext())
+    monkeypatch.setattr(text_to_image, "LatentModel", lambda source, keep_loaded: made.append(keep_loaded))
+    monkeypatch.setattr(text_to_image.Pipeline, "__init__", lambda self, *_: None)
+    caplog.set_level("INFO")
+    text_to_image.Pipeline.load(tmp_path, keep_loaded=None)
+    sizes = f"(6.00 GiB of weights, {free / GIB:.1f} GiB of memory are free)"
+    assert made == [kept] and sizes in caplog.text
+    assert ("all parts stay in memory" in caplog.text) == kept == ("--keep-loaded" not in caplog.text)
+    for asked in (False, True):
+        text_to_image.Pipeline.load(tmp_path, keep_loaded=asked)
+        assert made.pop() == asked

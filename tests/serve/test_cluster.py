@@ -130,12 +130,12 @@ def bundle(folder: Path) -> Any:
 
 
 def test_replicas_are_started_under_a_name_and_taken_away(ray: Ray, tmp_path: Path) -> None:
-    with replicas(bundle(tmp_path), "cpu", Scale(1, 3, 2), "mine") as started:
+    with replicas(bundle(tmp_path), "cpu", Scale(1, 3, 2), "mine", keep_loaded=False) as started:
         assert isinstance(started, Replicas)
         start, (what, options), (application, name) = ray.calls
         assert start == ("serve.start", "Disabled") and what is Replica and name == "mine"
         assert options["autoscaling_config"]["max_replicas"] == 3 and options["ray_actor_options"]["num_cpus"] == 2
-        assert application == (str(tmp_path), manifest_sha256(tmp_path), "cpu", 2)
+        assert application == (str(tmp_path), manifest_sha256(tmp_path), "cpu", 2, False)
     assert ray.calls[-2:] == [("delete", "mine"), "serve.shutdown"]
 
 

@@ -82,6 +82,11 @@ def test_ray_is_named_where_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "serving with --ray needs ray; install with: pip install 'ditc[ray]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "kept"), [([], None), (["--keep-loaded"], True), (["--no-keep-loaded"], False)])
+def test_parts_are_kept_by_memory_unless_it_is_said(flags: list[str], kept: bool | None) -> None:
+    assert make_parser().parse_args(["bundle", *flags]).keep_loaded is kept
+
+
 def test_how_many_replicas() -> None:
     def scale(*flags: str) -> Scale | None:
         return find_scale(make_parser().parse_args(["bundle", *flags]))

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from export.documents import sha256
+from pipeline.bundle import manifest
+from pipeline.bundle.pipeline_bundle import load_pipeline
+from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
 from pipeline.generate.latent_model import LatentModel
 from pipeline.serve.app import make_app
 from pipeline.serve.images_request import PATH
 from pipeline.serve.service import Service
 from pipeline.text_to_image import Pipeline
+from tests.bundle.test_pipeline_bundle import COMPONENTS, seal, write
+from tests.support.bundles import facts
 from tests.support.numpy_pipeline import Log, make_source
 from tests.support.serving import WAITED_S, pixels_of
 
@@ -69,3 +75,30 @@ def test_the_page_is_told_what_there_is(client: TestClient) -> None:
     assert len(facts["examples"]) == 6 and facts["report"] is None
     assert client.get("/report/").status_code == 404
     assert client.post(PATH, json={"prompt": "a cat", "size": "512x512"}).status_code == 400
+
+
+def test_the_report_leads_to_those_of_the_components(tmp_path: Path, log: Log) -> None:
+    folder = write(tmp_path / "bundle")
+    for part in (folder, *(folder / name for name in COMPONENTS)):
+        (part / "report").mkdir()
+        (part / "report/index.html").write_text(f"<!doctype html><title>of {part.name}</title>")
+    for name in COMPONENTS:
+        (folder / name / MANIFEST_FILE).unlink()
+        manifest.write(manifest.compose(facts(folder / name), folder / name), folder / name)
+    seal(folder, files={name: row_of(folder / name) for name in tree(folder) if name.split("/")[0] not in
+                        (*COMPONENTS, PIPELINE_FILE)})  # fmt: skip
+    service = Service(Pipeline(LatentModel(make_source(tmp_path / "own", log)), load_pipeline(folder)))
+    client = TestClient(make_app(service))
+    assert "of bundle" in client.get("/report/").text
+    assert client.get("/v1/models").json()["data"][0]["ditc"]["report"] == "/report/"
+    for name in COMPONENTS:
+        answer = client.get(f"/{name}/report/index.html")
+        assert f"of {name}" in answer.text
+        assert answer.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+        assert client.get(f"/{name}/report/other.html").status_code == 404
+    for path in ("/vae_decoder/report/", "/tokenizer/report/", "/transformer/report/../config.json"):
+        assert client.get(path).status_code == 404
+
+
+def row_of(path: Path) -> dict[str, int | str]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}

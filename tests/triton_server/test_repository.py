@@ -83,7 +83,8 @@ def model(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     """The model with an engine of NumPy, that draws flat pictures as bright as their digit."""
     places: list[tuple[Path, int | None]] = []
 
-    def opened(path: Path, target: str = "auto", threads: int | None = None) -> Pipeline:
+    def opened(path: Path, threads: int | None, keep_loaded: bool | None) -> Pipeline:
+        assert keep_loaded is None, "by the memory that is free, as a server does"
         places.append((path, threads))
         bundle = make_bundle(tmp_path)
         return Pipeline(PixelModel(bundle), bundle)
