@@ -36,9 +36,9 @@ static inline void group_errors(const float *x, int64_t n, const float *inverse,
 }
 
 /* x [rows, groups, n], scales [rows, tried] -> errors [rows, tried, groups]. */
-VARIANTS EXPORT void fpq_rounding_errors(const float *x, const float *scales, int64_t rows, int64_t groups, int64_t n,
-                                         int64_t tried, float slope, float least, float max_value, float *errors) {
-  Grid grid = {slope, least, max_value};
+VARIANTS void rounding_errors(
+    const float *x, const float *scales, int64_t rows, int64_t groups, int64_t n, int64_t tried, Grid grid,
+    float *errors) {
   for (int64_t row = 0; row < rows; row++)
     for (int64_t first = 0; first < tried; first += BLOCK) {
       const float *scale = scales + row * tried + first;
@@ -51,4 +51,12 @@ VARIANTS EXPORT void fpq_rounding_errors(const float *x, const float *scales, in
           errors[(row * tried + first + j) * groups + group] = sums[j] * (scale[j] * scale[j]);
       }
     }
+}
+
+/* A function of its own, since Clang exports none that has copies for several processors. */
+EXPORT void fpq_rounding_errors(
+    const float *x, const float *scales, int64_t rows, int64_t groups, int64_t n, int64_t tried, float slope, float least,
+    float max_value, float *errors) {
+  Grid grid = {slope, least, max_value};
+  rounding_errors(x, scales, rows, groups, n, tried, grid, errors);
 }
