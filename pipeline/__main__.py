@@ -16,7 +16,7 @@ from pipeline.signals import leave
 VERBS = {
     "build": ("pipeline.build", "build a verified engine bundle from a recipe"),
     "calibrate": ("pipeline.calibrate.__main__", "quantize a model into a checkpoint, without building an engine"),
-    "export": ("pipeline.export", "write a checkpoint as portable ONNX, a bundle as a web page or for Triton"),
+    "export": ("pipeline.export", "write a checkpoint as ONNX, a bundle as a web page or for Triton"),
     "verify": ("pipeline.verify.__main__", "check a bundle again: files, lowering, all parity gates"),
     "bench": ("pipeline.bench.__main__", "measure a bundle on this machine"),
     "generate": ("pipeline.generate.__main__", "draw an image with a bundle"),

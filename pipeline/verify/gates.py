@@ -37,6 +37,8 @@ FACTOR_DB = 20 * math.log10(FACTOR)
 # 10 linears in a row per layer, each a few units in the last place. For tens of layers this stays under 2^-24 * 170, or
 # 100 dB, and no flip-free engine is asked for more.
 ROUNDED_DB = 100.0
+# That a right engine with few samples fails for how they fell.
+CHANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def end_gates(target: str, errors: StepErrors, pictures: Array, study: Study, si
     samples_db = [sample.sqnr_db for sample in errors.samples]
     rows = [
         ("step_sqnr_db", np.min(errors.steps_db), (worst_step, step_cost), "worst step"),
-        ("median_sqnr_db", np.median(samples_db), (quarter, step_cost), "lower quartile"),
+        ("median_sqnr_db", _median(samples_db), (quarter, step_cost), "lower quartile"),
     ]
     gates = [_end_gate(f"{target}/{name}", value, limits, statistic) for name, value, limits, statistic in rows]
     gates = [_with_cause(gate, errors.samples, STEP_TRAITS) for gate in gates]
@@ -383,6 +385,24 @@ def _quarter(values: Sequence[float]) -> float:
     Equal samples count as EQUAL_DB, and overflows as its negative: between two infinities there is no number.
     """
     return float(np.quantile(np.nan_to_num(np.clip(values, -EQUAL_DB, EQUAL_DB), nan=-EQUAL_DB), 0.25))
+
+
+def _median(samples: Sequence[float]) -> float:
+    """The median of samples of which a quarter is below the limit where nothing is wrong. Of few samples half may be so
+    by chance: then the largest of so many as are by a chance of at most CHANCE. nan if any is.
+
+    >>> _median([60.0] * 20 + [120.0] * 21), _median([60.0, 60.0, 60.0, 120.0])
+    (120.0, 120.0)
+    """
+    n = len(samples)
+    chances = {
+        rank: sum(math.comb(n, k) * 0.25**k * 0.75 ** (n - k) for k in range(rank, n + 1))
+        for rank in range((n + 1) // 2, n + 1)
+    }
+    rank = next((rank for rank, chance in chances.items() if chance <= CHANCE), n)
+    if 2 * rank <= n + 1 or np.isnan(samples).any():
+        return float(np.median(samples))
+    return float(np.sort(samples)[rank - 1])
 
 
 def pictures_db(study: Study, pictures: Array) -> list[float]:

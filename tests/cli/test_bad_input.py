@@ -111,7 +111,7 @@ def test_bad_model(name: str, model: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 BAD_FLAGS: dict[str, tuple[list[str], int, str]] = {
-    "unknown recipe": (["--engine", "pixart_w2a2"], 2, "recipe 'pixart_w2a2' is unknown; use one of dit_w4a8"),
+    "unknown recipe": (["--engine", "pixart_w2a2"], 2, "recipe 'pixart_w2a2' is unknown; use one of bert_w4a8"),
     "missing recipe file": (["--engine", "none.toml"], 2, "recipe file none.toml does not exist"),
     "unknown key": ([*COMMON, "--set", "weights.granularty=group"], 2, "key weights.granularty is unknown; use one of"),
     "unknown table": ([*COMMON, "--set", "wieghts.group_size=32"], 2, "wieghts"),
