@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
@@ -19,7 +19,7 @@ from export.models.families import DENOISER, FAMILIES, TEXT_ENCODER, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import Backend, Engine
+from pipeline.backends.base import Engine
 from pipeline.bundle import manifest
 from pipeline.bundle.contents import GENERATION_FILES, HUB_FILES, refuse_strange_files, refuse_unknown_targets
 from pipeline.bundle.hub import located
@@ -94,8 +94,9 @@ class Bundle:
         lie, and hashed at the first load of a process alone: a call of an engine whose files were changed raises
         ContractError. What that guarantees against whom is in in_place.py.
         """
-        backend, threads = BACKENDS[self.choose(target)], machine.threads(self.threads)
-        held = held_files(self.path, self._files_of(backend))
+        target = self.choose(target)
+        backend, threads = BACKENDS[target], machine.threads(self.threads)
+        held = held_files(self.path, self._files_of(target))
         if held is None:
             with self.copied(backend.files.__contains__) as private:
                 return backend.load(private.path, threads)
@@ -109,10 +110,11 @@ class Bundle:
 
     def engine_bytes(self, target: str = "auto") -> int:
         """Size of the files that `engine` loads: about the memory that an engine takes before its first call."""
-        return sum(row["size"] for row in self._files_of(BACKENDS[self.choose(target)]).values())
+        return sum(row["size"] for row in self._files_of(self.choose(target)).values())
 
-    def _files_of(self, backend: Backend[Any]) -> dict[str, File]:
-        return {name: row for name, row in self.manifest["files"].items() if name in backend.files}
+    def _files_of(self, target: str) -> dict[str, File]:
+        files = BACKENDS[target].files
+        return {name: row for name, row in self.manifest["files"].items() if name in files}
 
     @contextmanager
     def copied(self, takes: Callable[[str], object] = lambda name: True) -> Iterator[Bundle]:
