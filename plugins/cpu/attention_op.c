@@ -5,7 +5,6 @@
 #include "scratch.h"
 
 enum { Q, K, V, MASK, INPUTS };
-enum { AT_ONCE = 12 }; /* a number of queries that whole tiles of every instruction set make up */
 
 typedef struct Kernel {
   const Api *api;
@@ -60,11 +59,11 @@ static Status *out_of_memory(const Api *api) { return CALL(api, create_status)(F
 
 /* Runs `task` for every block of at most `rows` queries of every head. */
 static Status *run_blocks(
-    const Api *api, KernelContext *context, void (*task)(void *, size_t), int64_t rows, int64_t at_once, Work *work) {
+    const Api *api, KernelContext *context, void (*task)(void *, size_t), int64_t rows, Work *work) {
   const Attention *attention = &work->attention.tensors;
   int64_t queries = attention->queries;
   work->blocks = (queries + rows - 1) / rows;
-  work->queries = ((queries + work->blocks - 1) / work->blocks + at_once - 1) / at_once * at_once;
+  work->queries = filled((queries + work->blocks - 1) / work->blocks, QUERIES_AT_ONCE);
   size_t heads = (size_t)(attention->samples * attention->heads);
   TRY(CALL(api, parallel_for)(context, task, heads * (size_t)work->blocks, 0, work));
   return work->failed ? out_of_memory(api) : NULL;
@@ -102,7 +101,7 @@ static Status *compute(void *data, KernelContext *context) {
   const Kernel *kernel = data;
   Work work;
   TRY(begin(kernel, context, &work));
-  return work.attention.tensors.out ? run_blocks(kernel->api, context, run_block, QUERIES, AT_ONCE, &work) : NULL;
+  return work.attention.tensors.out ? run_blocks(kernel->api, context, run_block, QUERIES, &work) : NULL;
 }
 
 /* --- of codes ------------------------------------------------------------------------------------------------------ */
@@ -146,7 +145,7 @@ static Status *compute_quantized(void *data, KernelContext *context) {
   Status *status = CALL(api, parallel_for)(context, prepare_head, (size_t)heads, 0, &work);
   if (!status && work.failed) status = out_of_memory(api);
   int64_t rows = quantized_attention_rows(&work.attention);
-  if (!status) status = run_blocks(api, context, run_quantized_block, rows, QUAD_ROWS, &work);
+  if (!status) status = run_blocks(api, context, run_quantized_block, rows, &work);
   give_scratch(work.operands);
   return status;
 }

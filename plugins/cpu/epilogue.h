@@ -53,23 +53,46 @@ INLINE void next_row(const Epilogue *it, EpilogueRow *at) {
   if (++at->row_of_gate == it->rows_per_gate) at->row_of_gate = 0, at->gate++;
 }
 
-INLINE void store_heads(const Epilogue *it, const EpilogueRow *at, int64_t channel, const int64_t count, const Span *x) {
-  int64_t size = it->n / it->heads_out, skip = channel % size, apart = it->tokens * size;
-  float *to = it->y + ((at->sample * it->heads_out + channel / size) * it->tokens + at->token) * size;
-  if (count == SPAN && size - skip >= SPAN) {
-    *(Span *)(to + skip) = *x;
-    return;
-  }
+/* Where the channels of a span lie among heads. */
+typedef struct HeadSpan {
+  int64_t head, skip, size; /* of the first one: its head, its place in it, and the channels of a head */
+} HeadSpan;
+
+INLINE HeadSpan head_span(const Epilogue *it, int64_t channel) {
+  HeadSpan of = {0};
+  if (it->heads_out) of.size = it->n / it->heads_out, of.head = channel / of.size, of.skip = channel % of.size;
+  return of;
+}
+
+/* Of the span's first channel in y. */
+INLINE float *head_place(const Epilogue *it, const EpilogueRow *at, const HeadSpan *of) {
+  return it->y + ((at->sample * it->heads_out + of->head) * it->tokens + at->token) * of->size + of->skip;
+}
+
+INLINE void store_heads(
+    const Epilogue *it, const EpilogueRow *at, const HeadSpan *of, const int64_t count, const Span *x) {
+  enum { HALF = SPAN / 2 };
+  int64_t skip = of->skip, apart = it->tokens * of->size;
+  float *to = head_place(it, at, of);
   const float *from = (const float *)x;
-  for (int64_t left = count, part; left; left -= part, from += part, to += apart, skip = 0) {
-    part = size - skip < left ? size - skip : left;
-    memcpy(to + skip, from, (size_t)part * sizeof *to);
+  if (count == SPAN && of->size - skip >= SPAN) {
+    *(Span *)to = *x;
+  } else if (count == SPAN && of->size - skip == HALF && of->size >= HALF) { /* heads of whole halves */
+    memcpy(to, from, HALF * sizeof *to);
+    memcpy(to + apart - skip, from + HALF, HALF * sizeof *to);
+  } else {
+    for (int64_t left = count, part; left; left -= part, from += part, to += apart - skip, skip = 0) {
+      part = of->size - skip < left ? of->size - skip : left;
+      memcpy(to, from, (size_t)part * sizeof *to);
+    }
   }
 }
 
-/* All stages of channels channel.. of a row. count: a constant where this is inlined for whole spans. */
+/* All stages of channels channel.. of a row, which lie in heads as `of` says. count: a constant where this is inlined
+ * for whole spans. */
 INLINE void finish_span(
-    const Epilogue *it, const EpilogueRow *at, int64_t row, int64_t channel, const int64_t count, float bound, Span *x) {
+    const Epilogue *it, const EpilogueRow *at, const HeadSpan *of, int64_t row, int64_t channel, const int64_t count,
+    float bound, Span *x) {
   int64_t place = row * it->n + channel;
   Span y = *x, other;
   if (it->token_scale) y *= it->token_scale[row];
@@ -84,7 +107,7 @@ INLINE void finish_span(
   }
   if (it->gate) load_span(&other, it->gate + at->gate * it->n + channel, count), y *= other;
   if (it->residual) load_span(&other, it->residual + place, count), y += other;
-  if (it->heads_out && it->y) store_heads(it, at, channel, count, &y);
+  if (it->heads_out && it->y) store_heads(it, at, of, count, &y);
   else if (it->y) store_span(&y, it->y + place, count);
   *x = y;
 }

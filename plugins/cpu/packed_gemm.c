@@ -35,6 +35,7 @@ static const int8_t *decode_plain(const Block *block, int8_t *decoded) {
 }
 
 static void add_plain(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
+  start_sums(block, rows, sums);
   for (int64_t row = 0; row < rows; row++) {
     uint32_t total[PANEL] = {0};
     for (int64_t i = 0; i < block->k; i++) {
@@ -179,31 +180,34 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
 INLINE void finish_stretch(
     const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t rows,
     const int32_t *sums, const int32_t *low, float *totals, int64_t stride, float bound) {
-  const Epilogue *epilogue = &gemm->epilogue;
-  const int32_t *weight_sum = gemm->weight_sum + s * gemm->n + channel;
+  const Epilogue own = gemm->epilogue, *epilogue = &own; /* which no store can change, as compilers see */
+  const int64_t n = gemm->n, all = gemm->rows, last = s + 1 == gemm->sums, group_scales = gemm->group_scales;
+  const HeadSpan head = head_span(epilogue, channel);
+  const int32_t *weight_sum = gemm->weight_sum + s * n + channel;
+  float *integer_sums = gemm->integer_sums, *product = gemm->product;
   const float *group_scale = NULL;
   if (gemm->group_scale)
-    group_scale = gemm->group_scale + first * gemm->group_scales + s * gemm->group_scales / gemm->sums;
+    group_scale = gemm->group_scale + first * group_scales + s * group_scales / gemm->sums;
   uint32_t limb = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (limb + (low ? 1 : 0));
   EpilogueRow at = epilogue_row(epilogue, first);
   Modulo of_zero = {0};
   Span scale;
-  load_span(&scale, gemm->scale + s * gemm->scales / gemm->sums * gemm->n + channel, count);
+  load_span(&scale, gemm->scale + s * gemm->scales / gemm->sums * n + channel, count);
   for (int64_t i = 0; i < count; i++) of_zero[i] = factor * (uint32_t)weight_sum[i];
   for (int64_t row = first; row < first + rows; row++, next_row(epilogue, &at)) {
     Modulo sum = *(const Modulo *)sums;
     if (low) sum = sum * limb + *(const Modulo *)low;
     sum -= of_zero;
     Span x = __builtin_convertvector((Integers)sum, Span);
-    if (gemm->integer_sums) store_span(&x, gemm->integer_sums + (s * gemm->rows + row) * gemm->n + channel, count);
+    if (integer_sums) store_span(&x, integer_sums + (s * all + row) * n + channel, count);
     x *= scale;
-    if (group_scale) x *= *group_scale, group_scale += gemm->group_scales;
+    if (group_scale) x *= *group_scale, group_scale += group_scales;
     if (s) x += *(const Span *)totals;
-    if (s + 1 < gemm->sums) {
-      *(Span *)totals = x;
+    if (last) {
+      if (product) store_span(&x, product + row * n + channel, count);
+      finish_span(epilogue, &at, &head, row, channel, count, bound, &x);
     } else {
-      if (gemm->product) store_span(&x, gemm->product + row * gemm->n + channel, count);
-      finish_span(epilogue, &at, row, channel, count, bound, &x);
+      *(Span *)totals = x;
     }
     sums += stride, totals += stride;
     if (low) low += stride;
@@ -245,6 +249,21 @@ INLINE void fetch_next(const PackedGemm *gemm, const Block *block, int64_t panel
   }
 }
 
+/* What the epilogue of rows first.. of some panels reads and writes, on its way while they are multiplied: rows lie
+ * farther apart than processors foresee. */
+INLINE void fetch_rows(const PackedGemm *gemm, const Block *block, int64_t panel, int64_t first, int64_t rows) {
+  const Epilogue *it = &gemm->epilogue;
+  EpilogueRow at = epilogue_row(it, first);
+  HeadSpan of[MOST_PANELS];
+  for (int part = 0; part < block->panels; part++) of[part] = head_span(it, (panel + part) * PANEL);
+  for (int64_t row = first; row < first + rows; row++, next_row(it, &at))
+    for (int part = 0; part < block->panels; part++) {
+      int64_t place = row * it->n + (panel + part) * PANEL;
+      if (it->residual) __builtin_prefetch(it->residual + place, 0, 2);
+      if (it->y) __builtin_prefetch(it->heads_out ? head_place(it, &at, of + part) : it->y + place, 1, 2);
+    }
+}
+
 /* Rows of `block->panels` panels from `panel` on. */
 static void multiply(
     const PackedGemm *gemm, const Variant *variant, Block *block, int64_t panel, int64_t first, int64_t last,
@@ -259,7 +278,7 @@ static void multiply(
     end = gemm->sums == 1 ? k : start + gemm->k / gemm->sums;
     for (block->k0 = start; block->k0 < end; block->k0 += block->k) {
       block->k = end - block->k0 < most ? end - block->k0 : most;
-      block->run = run;
+      block->run = run, block->fresh = block->k0 == start;
       for (int part = 0; part < block->panels; part++) {
         block->weight = stored(gemm, panel + part, 0);
         if (gemm->multipliers) block->multipliers = gemm->multipliers + (panel + part) * (gemm->k / gemm->group) * PANEL;
@@ -271,9 +290,9 @@ static void multiply(
       for (int64_t row = 0, chunk = 0, rows; row < all; row += rows, chunk++) {
         rows = all - row < variant->rows ? all - row : variant->rows;
         fetch_next(gemm, block, panel, chunk, chunks);
+        if (block->k0 + block->k == k) fetch_rows(gemm, block, panel, first + row, rows);
         for (int limb = 0; limb < limbs; limb++) {
           int32_t *sums = scratch->sums[limb] + row * stride;
-          if (block->k0 == start) memset(sums, 0, (size_t)(rows * stride) * sizeof *sums);
           variant->add(block, codes[limb] + row * k + block->k0, k, rows, sums);
         }
         if (block->k0 + block->k == end)

@@ -105,6 +105,7 @@ TARGET_AMX static void add_amx(const Block *block, const uint8_t *a, int64_t str
   const int8_t *w = block->w[0];
   int64_t k = block->k, left = k % TILE_BYTES;
   const int64_t four = 4 * TILE_ROWS;
+  start_sums(block, rows, sums);
   if (rows >= TILE_ROWS) configure(TILE_ROWS, left);
   for (; rows >= four; rows -= four, a += four * stride, sums += four * PANEL) tiles_amx(4, a, stride, k, w, sums);
   for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * stride, sums += TILE_ROWS * PANEL)

@@ -56,6 +56,7 @@ TARGET_DOT static void add_dot(
     const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   const int8_t *w = block->w[0];
   int64_t k = block->k;
+  start_sums(block, rows, sums);
   for (; rows >= 4; rows -= 4, a += 4 * stride, sums += 4 * PANEL) tile_dot(4, a, stride, k, w, sums);
   for (; rows; rows--, a += stride, sums += PANEL) tile_dot(1, a, stride, k, w, sums);
 }

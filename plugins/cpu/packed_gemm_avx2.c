@@ -358,6 +358,7 @@ TARGET_AVX2 static void stretches(const Block *block, const uint8_t *a, int64_t 
 
 static void add_avx2(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   int run = block->run;
+  start_sums(block, rows, sums);
   (block->heavy ? stretches
    : run == 16  ? runs_of_16
    : run == 8   ? runs_of_8

@@ -78,6 +78,7 @@ TARGET_I8MM INLINE void tile_i8mm(
 TARGET_I8MM static void add_i8mm(const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   const int8_t *w = block->w[0];
   int64_t k = block->k;
+  start_sums(block, rows, sums);
   for (; rows >= 6; rows -= 6, a += 6 * stride, sums += 6 * PANEL) tile_i8mm(3, a, stride, 0, k, w, sums);
   for (; rows >= 2; rows -= 2, a += 2 * stride, sums += 2 * PANEL) tile_i8mm(1, a, stride, 0, k, w, sums);
   if (rows) tile_i8mm(1, a, stride, 1, k, w, sums);

@@ -2,6 +2,8 @@
 #ifndef FPQ_PACKED_GEMM_VARIANT_H
 #define FPQ_PACKED_GEMM_VARIANT_H
 
+#include <string.h>
+
 #include "packed_gemm.h"
 #include "variants.h"
 
@@ -22,6 +24,7 @@ typedef struct Block {
   const uint8_t *weight, *multipliers; /* of the panel that is decoded */
   int64_t k0, k;
   int panels; /* that `add` is for */
+  int fresh;  /* the first block of some sums: there are none yet that `add` could add to */
   int run;                 /* quads whose sums of pairs fit 16 bits; 0: not even one's */
   const int8_t *w[MOST_PANELS]; /* what `decode` has returned, for `add` */
   const int16_t *factors;  /* [runs, 32], where the variant adds pairs */
@@ -39,7 +42,7 @@ typedef struct Variant {
   int rows;       /* that `add` and what follows are done to before the next ones: of few, sums stay in the nearest cache */
   /* The block's weight as `add` reads it: decoded into the scratch, or, of a weight of bytes, where it is stored. */
   const int8_t *(*decode)(const Block *, int8_t *decoded);
-  /* sums[rows, panels, 16] += a[rows, k] * weight; a row of `a` is `stride` bytes long. */
+  /* sums[rows, panels, 16] = or += a[rows, k] * weight; a row of `a` is `stride` bytes long. */
   void (*add)(const Block *, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums);
   /* NULL, or: a run for a decoded block, at least its `run`, by the weights that it has. */
   int (*longer_run)(const Block *);
@@ -54,6 +57,11 @@ INLINE uint8_t multiplier(const Block *block, int64_t k, int channel) {
 
 /* Of a weight of bytes, [k / 4, 64]. */
 INLINE const int8_t *stored_bytes(const Block *block) { return (const int8_t *)block->weight + block->k0 * PANEL; }
+
+/* For an `add` that has no other way to begin. */
+INLINE void start_sums(const Block *block, int64_t rows, int32_t *sums) {
+  if (block->fresh) memset(sums, 0, (size_t)(rows * block->panels * PANEL) * sizeof *sums);
+}
 
 const Variant *packed_gemm_chosen(void);
 

@@ -63,6 +63,7 @@ TARGET_VNNI_256 static void add_vnni_256(
     const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   const int8_t *w = block->w[0];
   int64_t k = block->k;
+  start_sums(block, rows, sums);
   for (; rows >= 6; rows -= 6, a += 6 * stride, sums += 6 * PANEL) tile_vnni_256(6, a, stride, k, w, sums);
   for (; rows >= 2; rows -= 2, a += 2 * stride, sums += 2 * PANEL) tile_vnni_256(2, a, stride, k, w, sums);
   if (rows) tile_vnni_256(1, a, stride, k, w, sums);
@@ -74,25 +75,31 @@ const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, 1, 60, decode_vnni_256, add
 
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
-TARGET_VNNI INLINE __m512i multiply_bytes(__m512i x, __m512i y) {
-  __m512i even = _mm512_mullo_epi16(x, y);
-  __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), _mm512_srli_epi16(y, 8));
-  return _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi16(255)), _mm512_slli_epi16(odd, 8));
+/* Bytes times a factor below 256 for each two of them: an odd one keeps its place in its 16 bits. */
+TARGET_VNNI INLINE __m512i multiply_bytes(__m512i x, __m512i factors) {
+  const __m512i even = _mm512_set1_epi16(255);
+  __m512i odd = _mm512_mullo_epi16(_mm512_andnot_si512(even, x), factors);
+  return _mm512_or_si512(odd, _mm512_and_si512(even, _mm512_mullo_epi16(x, factors)));
 }
 
 TARGET_VNNI const int8_t *packed_gemm_decode_vnni(const Block *block, int8_t *decoded) {
   if (!block->gemm->table) return stored_bytes(block);
   const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block->gemm->table));
-  const __m512i low = _mm512_set1_epi8(15), four_times = _mm512_set1_epi32(0x01010101);
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512i factors = low;
   const uint8_t *codes = block->weight + block->k0 / OCTET * BYTES;
+  int64_t next = 0; /* where the next group begins */
   for (int64_t octet = 0; octet < block->k / OCTET; octet++) {
     __m512i both = _mm512_loadu_si512(codes + octet * BYTES);
     __m512i first = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
     __m512i second = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
     if (block->multipliers) {
-      const uint8_t *group = block->multipliers + (block->k0 + octet * OCTET) / block->gemm->group * PANEL;
-      __m512i factors = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)group));
-      factors = _mm512_mullo_epi32(factors, four_times);
+      int64_t k = block->k0 + octet * OCTET;
+      if (!octet || k == next) { /* of each channel, for both halves of its four bytes */
+        int64_t group = k / block->gemm->group;
+        __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(block->multipliers + group * PANEL)));
+        factors = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)), next = (group + 1) * block->gemm->group;
+      }
       first = multiply_bytes(first, factors), second = multiply_bytes(second, factors);
     }
     _mm512_store_si512(decoded + octet * 2 * BYTES, first);
@@ -105,16 +112,17 @@ enum { VNNI_ROWS = 12 }; /* with 2 panels 24 sums, 2 weights and codes: of 32 re
 
 /* Rows are addressed from every third one, with the stride once and twice, and `octet` input channels by constants. */
 TARGET_VNNI INLINE void tile_vnni(
-    const int rows, const int panels, const uint8_t *a, int64_t stride, int64_t k, const int8_t *const w[MOST_PANELS],
-    int32_t *sums) {
+    const int rows, const int panels, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
   __m512i total[VNNI_ROWS][MOST_PANELS];
-  const int8_t *left = w[0], *right = w[panels - 1];
+  const int8_t *left = block->w[0], *right = block->w[panels - 1];
+  const __mmask16 kept = block->fresh ? 0 : 0xffff; /* sums so far */
+  const int64_t k = block->k;
   const uint8_t *third[(VNNI_ROWS + 2) / 3];
 #pragma GCC unroll 12
   for (int row = 0; row < rows; row++) {
     if (row % 3 == 0) third[row / 3] = a + row * stride;
     for (int part = 0; part < panels; part++)
-      total[row][part] = _mm512_loadu_si512(sums + (row * panels + part) * PANEL);
+      total[row][part] = _mm512_maskz_loadu_epi32(kept, sums + (row * panels + part) * PANEL);
   }
   for (int64_t i = 0; i < k; i += OCTET, left += 2 * BYTES, right += 2 * BYTES) {
 #pragma GCC unroll 2
@@ -141,9 +149,10 @@ TARGET_VNNI INLINE void tile_vnni(
 
 TARGET_VNNI INLINE void rows_vnni(
     const int panels, const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const int64_t k = block->k, wide = panels * PANEL;
-#define TILE(count) tile_vnni(count, panels, a, stride, k, block->w, sums), a += count * stride, sums += count * wide
+  const int64_t wide = panels * PANEL;
+#define TILE(count) tile_vnni(count, panels, block, a, stride, sums), a += count * stride, sums += count * wide
   for (; rows >= VNNI_ROWS; rows -= VNNI_ROWS) TILE(VNNI_ROWS);
+  if (rows >= 8) TILE(8), rows -= 8;
   for (; rows >= 4; rows -= 4) TILE(4);
   for (; rows; rows--) TILE(1);
 #undef TILE

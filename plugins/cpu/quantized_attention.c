@@ -14,20 +14,21 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-enum { SCORES_BYTES = 384 << 10, MOST_ROWS = 256, STAGGER = 16, KEY_BLOCK = 512 };
+enum { SCORES_BYTES = 400 << 10, MOST_ROWS = 22 * QUERIES_AT_ONCE, STAGGER = 16, KEY_BLOCK = 512 };
 
 /* Floats from one row of scores to the next: no power of two, of which few rows would share a set of the cache. */
 static int64_t score_row(int64_t keys) { return filled(keys, PANEL) + STAGGER; }
 
 int64_t quantized_attention_rows(const QuantizedAttention *attention) {
-  int64_t rows = SCORES_BYTES / (score_row(attention->tensors.keys) * (int64_t)sizeof(float)) / QUAD * QUAD;
-  return rows < 8 ? 8 : rows > MOST_ROWS ? MOST_ROWS : rows;
+  int64_t rows = SCORES_BYTES / (score_row(attention->tensors.keys) * (int64_t)sizeof(float));
+  rows = rows / QUERIES_AT_ONCE * QUERIES_AT_ONCE;
+  return rows < QUERIES_AT_ONCE ? QUERIES_AT_ONCE : rows > MOST_ROWS ? MOST_ROWS : rows;
 }
 
 typedef struct Memory {
   float *scores;        /* [rows, score_row] */
   uint8_t *q, *weights; /* [rows, size filled up to octets], a span more, and [rows, keys filled up to spans] */
-  int32_t *sums;        /* [rows, panels, 16] */
+  int32_t *sums;        /* [rows that a variant takes at once, panels, 16] */
   float *scale;         /* [rows]: of q, then 1 / sum of the weights */
   float *work;          /* [size filled up to spans] */
   int8_t *decoded;      /* of a block of keys, as a variant may want it */
@@ -94,24 +95,32 @@ static int run_of(int32_t largest_code, float kmax) {
   return 2 * pair <= INT16_MAX ? 2 : pair <= INT16_MAX ? 1 : 0;
 }
 
-/* memory->sums = codes [rows, k] * panels of [k / 4, 16, 4], at most KEY_BLOCK of k at a time; variants that take more than
- * one panel read bytes where they are. heavy: of codes, rows of
- * k / STRETCH marks, NULL for none. */
+/* codes [rows, k], `stride` bytes apart, times `panels` panels of [k / 4, 16, 4], side by side. */
+typedef struct Product {
+  const uint8_t *codes;
+  const int8_t *panel;
+  int64_t stride, k;
+  int panels, run, channels; /* channels: of a panel that are read where `heavy` is given */
+  const uint8_t *heavy;      /* rows of k / STRETCH marks for codes, NULL for none */
+} Product;
+
+/* memory->sums [rows, panels, 16] of the product's rows first..: as many as its variant takes while they stay in the
+ * nearest cache. At most KEY_BLOCK of k at a time; variants that take more than one panel read bytes where they are. */
 static void multiply(
-    const Variant *variant, const uint8_t *codes, int64_t stride, int64_t rows, const int8_t *panel, int panels,
-    int64_t k, int run, int channels, const uint8_t *heavy, const Memory *memory) {
+    const Variant *variant, const Product *product, int64_t first, int64_t rows, const Memory *memory) {
   static const PackedGemm bytes = {0};
-  Block block = {.gemm = &bytes, .panels = panels, .run = run, .factors = memory->ones};
-  block.channels = channels, block.heavy_row = filled(k, STRETCH) / STRETCH;
-  memset(memory->sums, 0, (size_t)(rows * panels * PANEL) * sizeof *memory->sums);
-  for (; block.k0 < k; block.k0 += KEY_BLOCK) {
-    block.k = k - block.k0 < KEY_BLOCK ? k - block.k0 : KEY_BLOCK;
-    for (int part = 0; part < panels; part++) {
-      block.weight = (const uint8_t *)panel + part * k * PANEL;
-      if (!heavy) block.w[part] = variant->decode(&block, memory->decoded);
+  const int64_t k = product->k;
+  Block block = {.gemm = &bytes, .panels = product->panels, .run = product->run, .factors = memory->ones};
+  block.channels = product->channels, block.heavy_row = filled(k, STRETCH) / STRETCH;
+  for (; block.k0 < k; block.k0 += block.k) {
+    block.k = k - block.k0 < KEY_BLOCK ? k - block.k0 : KEY_BLOCK, block.fresh = block.k0 == 0;
+    if (product->heavy) block.heavy = product->heavy + first * block.heavy_row + block.k0 / STRETCH;
+    for (int part = 0; part < product->panels; part++) {
+      block.weight = (const uint8_t *)product->panel + part * k * PANEL;
+      if (!product->heavy) block.w[part] = variant->decode(&block, memory->decoded);
     }
-    if (heavy) block.heavy = heavy + block.k0 / STRETCH;
-    variant->add(&block, codes + block.k0, stride, rows, memory->sums);
+    variant->add(
+        &block, product->codes + first * product->stride + block.k0, product->stride, rows, memory->sums);
   }
 }
 
@@ -133,14 +142,17 @@ void quantized_attention_block(
   for (int64_t row = 0; row < count; row++) memory.scale[row] *= tensors->scale;
   for (int64_t i = 0; i < KEY_BLOCK / QUAD * 2 * PANEL; i++) memory.ones[i] = 1;
 
-  int run = run_of(2 * zero, attention->qk.kmax), panels;
-  for (int64_t key = 0; key < keys; key += panels * PANEL) {
-    panels = keys - key > PANEL ? variant->panels : 1;
-    multiply(variant, memory.q, wide, count, operands->keys + key * wide, panels, wide, run, PANEL, NULL, &memory);
-    for (int64_t part = 0; part < panels; part++)
-      scores_of_panel(
-          memory.sums + part * PANEL, panels * PANEL, count, zero, operands->key_sum + key + part * PANEL,
-          operands->key_scale + key + part * PANEL, memory.scale, memory.scores + key + part * PANEL, stride);
+  Product scores = {.codes = memory.q, .stride = wide, .k = wide, .run = run_of(2 * zero, attention->qk.kmax)};
+  for (int64_t key = 0; key < keys; key += scores.panels * PANEL) {
+    scores.panel = operands->keys + key * wide, scores.panels = keys - key > PANEL ? variant->panels : 1;
+    for (int64_t row = 0, rows; row < count; row += rows) {
+      rows = count - row < variant->rows ? count - row : variant->rows;
+      multiply(variant, &scores, row, rows, &memory);
+      for (int64_t part = 0, at = key; part < scores.panels; part++, at += PANEL)
+        scores_of_panel(
+            memory.sums + part * PANEL, scores.panels * PANEL, rows, zero, operands->key_sum + at,
+            operands->key_scale + at, memory.scale + row, memory.scores + row * stride + at, stride);
+    }
   }
   if (mask) {
     mask += part / tensors->heads * step[0] + part % tensors->heads * step[1] + first * step[2];
@@ -151,23 +163,24 @@ void quantized_attention_block(
   }
   quantized_attention_weigh(memory.scores, stride, count, keys, memory.weights, memory.scale);
 
-  const uint8_t *heavy = NULL;
-  run = run_of(WEIGHT_STEPS, attention->pv.kmax);
-  if (variant->mark_heavy && run < 2) { /* most weights are small, and their sums tell more than their bound */
+  Product sums = {.codes = memory.weights, .stride = weight_row, .k = long_row};
+  sums.run = run_of(WEIGHT_STEPS, attention->pv.kmax);
+  if (variant->mark_heavy && sums.run < 2) { /* most weights are small, and their sums tell more than their bound */
     int32_t most = INT16_MAX / (int32_t)ceilf(attention->pv.kmax);
     int64_t marked = variant->mark_heavy(memory.weights, weight_row, count, long_row, most, memory.heavy);
     /* Products of heavy ones by themselves take more than all widened: no gain from one in eight on. */
-    if (run || 8 * marked < count * (filled(keys, STRETCH) / STRETCH)) heavy = memory.heavy;
+    if (sums.run || 8 * marked < count * (filled(keys, STRETCH) / STRETCH)) sums.heavy = memory.heavy;
   }
-  for (int64_t channel = 0; channel < size; channel += panels * PANEL) {
-    panels = size - channel > PANEL ? variant->panels : 1;
-    int64_t channels = size - channel < PANEL ? size - channel : PANEL;
-    multiply(
-        variant, memory.weights, weight_row, count, operands->values + channel * long_row, panels, long_row, run,
-        (int)channels, heavy, &memory);
-    for (int64_t part = 0, at = channel; part < panels; part++, at += PANEL)
-      finish(
-          memory.sums + part * PANEL, panels * PANEL, count, operands->value_scale + at, memory.scale, size - at, out + at,
-          size);
+  for (int64_t channel = 0; channel < size; channel += sums.panels * PANEL) {
+    sums.panel = operands->values + channel * long_row, sums.panels = size - channel > PANEL ? variant->panels : 1;
+    sums.channels = (int)(size - channel < PANEL ? size - channel : PANEL);
+    for (int64_t row = 0, rows; row < count; row += rows) {
+      rows = count - row < variant->rows ? count - row : variant->rows;
+      multiply(variant, &sums, row, rows, &memory);
+      for (int64_t part = 0, at = channel; part < sums.panels; part++, at += PANEL)
+        finish(
+            memory.sums + part * PANEL, sums.panels * PANEL, rows, operands->value_scale + at, memory.scale + row,
+            size - at, out + row * size + at, size);
+    }
   }
 }

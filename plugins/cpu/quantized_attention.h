@@ -18,7 +18,7 @@ typedef struct QuantizedAttention {
   float absmax_floor;
 } QuantizedAttention;
 
-enum { WEIGHT_STEPS = 255, QUAD_ROWS = 4 };
+enum { WEIGHT_STEPS = 255 };
 /* As export/dialect/reference.py has it: sums of weights, 255 * MOST_KEYS < 2^24, are exact in float32, and those of
  * their products with bytes in 32 bits. */
 enum { MOST_KEYS = 65793 };
@@ -53,7 +53,7 @@ void quantized_attention_queries(
 void quantized_attention_weigh(
     float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale);
 
-/* Queries of a block, so that their scores stay in the second-level cache; a multiple of 4. */
+/* Queries of a block, so that their scores stay in the second-level cache; a multiple of QUERIES_AT_ONCE. */
 int64_t quantized_attention_rows(const QuantizedAttention *);
 int64_t quantized_attention_scratch(const QuantizedAttention *);
 /* Queries first..first + count - 1 of head `part`. */

@@ -105,6 +105,17 @@ VARIANTS void mean_of_tokens(const float *x, int64_t count, int64_t n, double *s
   for (int64_t i = 0; i < n; i++) mean[i] = (float)(sum[i] / (double)count);
 }
 
+/* Codes [keys, wide] -> panels of 16 keys by quads, and the sum of each key's codes. */
+VARIANTS void panels_of_keys(const uint8_t *codes, int64_t keys, int64_t wide, int8_t *panels, int32_t *sums) {
+  for (int64_t key = 0; key < keys; key++, codes += wide) {
+    int8_t *panel = panels + key / PANEL * PANEL * wide + key % PANEL * QUAD;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < wide; i++) sum += (int8_t)codes[i];
+    sums[key] = sum;
+    for (int64_t i = 0; i < wide; i += QUAD) memcpy(panel + i * PANEL, codes + i, QUAD);
+  }
+}
+
 /* row: 2 * size floats. */
 static void prepare_keys(
     const QuantizedAttention *attention, const float *k, const HeadOperands *operands, float *mean, float *row,
@@ -114,14 +125,7 @@ static void prepare_keys(
   mean_of_tokens(k, keys, size, (double *)row, mean);
   round_tokens(
       k, mean, keys, size, &attention->qk, attention->absmax_floor, 0, codes, wide, operands->key_scale);
-  for (int64_t key = 0; key < keys; key++) {
-    const uint8_t *from = codes + key * wide;
-    int8_t *panel = operands->keys + key / PANEL * PANEL * wide + key % PANEL * QUAD;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < size; i++) sum += (int8_t)from[i];
-    operands->key_sum[key] = sum;
-    for (int64_t i = 0; i < wide; i += QUAD) memcpy(panel + i * PANEL, from + i, QUAD);
-  }
+  panels_of_keys(codes, keys, wide, operands->keys, operands->key_sum);
 }
 
 /* The largest magnitude of each channel over all tokens, as bits. */

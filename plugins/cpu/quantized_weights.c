@@ -61,7 +61,7 @@ VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uin
   return sum;
 }
 
-/* --- AVX2 --------------------------------------------------------------------------------------------------------- */
+/* --- AVX2 and AVX-512 --------------------------------------------------------------------------------------------------------- */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -88,6 +88,9 @@ TARGET_AVX2 static float largest_score_avx2(const float *scores, int64_t n) {
   return any ? NAN : last;
 }
 
+/* The polynomial of both: of r from the highest power down. */
+static const float WEIGHT_POLYNOMIAL[] = {2.115893f, 10.688486f, 42.50232f, 127.49718f, 254.99992f, 255.00002f};
+
 /* round(255 * exp(x)) for x <= 0, and 0 for x below -87: x = n ln 2 + r, a polynomial of degree 5 in r fitted to 255 exp(r)
  * with the least relative error, 2^-23.3, times 2^n by adding to the exponent. One constant is enough for ln 2: its error
  * is multiplied by at most 10 where the weight is not 0, and the product is fused. With all roundings exp is off by less
@@ -96,12 +99,9 @@ TARGET_AVX2 INLINE __m256i weight_codes(__m256 scores, __m256 largest) {
   __m256 x = _mm256_max_ps(_mm256_sub_ps(scores, largest), _mm256_set1_ps(-EXP_BOUND));
   __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), _mm256_set1_ps(MAGIC));
   __m256 n = _mm256_sub_ps(shifted, _mm256_set1_ps(MAGIC));
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693147181f), x), p = _mm256_set1_ps(2.115893f);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(10.688486f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(42.50232f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(127.49718f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(254.99992f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(255.00002f));
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693147181f), x), p = _mm256_set1_ps(WEIGHT_POLYNOMIAL[0]);
+#pragma GCC unroll 5
+  for (int power = 1; power < 6; power++) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(WEIGHT_POLYNOMIAL[power]));
   __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23); /* the lowest bits of `shifted` are n */
   return _mm256_cvtps_epi32(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
 }
@@ -133,6 +133,68 @@ TARGET_AVX2 static int32_t weights_of_avx2(
   _mm256_storeu_si256((__m256i *)parts, sums);
   return (int32_t)(parts[0] + parts[1] + parts[2] + parts[3]);
 }
+
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+
+TARGET_AVX512 static float largest_score_avx512(const float *scores, int64_t n) {
+  __m512 largest[4];
+  __mmask16 unordered = 0;
+  for (int part = 0; part < 4; part++) largest[part] = _mm512_set1_ps(-INFINITY);
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    __m512 x[4];
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) {
+      x[part] = _mm512_loadu_ps(scores + i + 16 * part);
+      largest[part] = _mm512_max_ps(x[part], largest[part]); /* the second of the two where the first is NaN */
+    }
+    unordered |= _mm512_cmp_ps_mask(x[0], x[1], _CMP_UNORD_Q) | _mm512_cmp_ps_mask(x[2], x[3], _CMP_UNORD_Q);
+  }
+  for (; i < n; i += 16) {
+    __m512 x = _mm512_loadu_ps(scores + i);
+    largest[0] = _mm512_max_ps(x, largest[0]);
+    unordered |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  }
+  __m512 last = _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3]));
+  return unordered ? NAN : _mm512_reduce_max_ps(last);
+}
+
+/* As weight_codes, bit for bit. */
+TARGET_AVX512 INLINE __m512i weight_codes_512(__m512 scores, __m512 largest) {
+  __m512 x = _mm512_max_ps(_mm512_sub_ps(scores, largest), _mm512_set1_ps(-EXP_BOUND));
+  __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), _mm512_set1_ps(MAGIC));
+  __m512 n = _mm512_sub_ps(shifted, _mm512_set1_ps(MAGIC));
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147181f), x), p = _mm512_set1_ps(WEIGHT_POLYNOMIAL[0]);
+#pragma GCC unroll 5
+  for (int power = 1; power < 6; power++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(WEIGHT_POLYNOMIAL[power]));
+  __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  return _mm512_cvtps_epi32(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power)));
+}
+
+TARGET_AVX512 static int32_t weights_of_avx512(
+    const float *scores, float largest, float bound, uint8_t *weights, int64_t n) {
+  (void)bound;
+  const __m512 most = _mm512_set1_ps(largest);
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); /* as above */
+  __m512i sums = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    __m512i codes[4];
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) codes[part] = weight_codes_512(_mm512_loadu_ps(scores + i + 16 * part), most);
+    __m512i low = _mm512_packs_epi32(codes[0], codes[1]), high = _mm512_packs_epi32(codes[2], codes[3]);
+    __m512i bytes = _mm512_permutexvar_epi32(in_order, _mm512_packus_epi16(low, high));
+    _mm512_storeu_si512(weights + i, bytes);
+    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(bytes, _mm512_setzero_si512()));
+  }
+  int32_t sum = (int32_t)_mm512_reduce_add_epi64(sums);
+  for (; i < n; i += 16) {
+    __m512i codes = weight_codes_512(_mm512_loadu_ps(scores + i), most);
+    _mm_storeu_si128((__m128i *)(weights + i), _mm512_cvtepi32_epi8(codes));
+    sum += _mm512_reduce_add_epi32(codes);
+  }
+  return sum;
+}
 #endif
 
 /* --- rows --------------------------------------------------------------------------------------------------------- */
@@ -145,8 +207,10 @@ typedef struct Loops {
 static Loops loops(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !__builtin_cpu_supports("avx512f"))
-    return (Loops){largest_score_avx2, weights_of_avx2}; /* where there is AVX-512, the loops of C have a copy for it */
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return (Loops){largest_score_avx512, weights_of_avx512};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return (Loops){largest_score_avx2, weights_of_avx2};
 #endif
   return (Loops){largest_score, weights_of};
 }

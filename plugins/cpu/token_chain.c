@@ -19,13 +19,15 @@ VARIANTS void finish_row(const Epilogue *it, int64_t row, float bound, float *x)
   int64_t whole = it->n - it->n % SPAN, left = it->n - whole;
   Span span;
   for (int64_t channel = 0; channel < whole; channel += SPAN) {
+    HeadSpan of = head_span(it, channel);
     load_span(&span, x + channel, SPAN);
-    finish_span(it, &at, row, channel, SPAN, bound, &span);
+    finish_span(it, &at, &of, row, channel, SPAN, bound, &span);
     store_span(&span, x + channel, SPAN);
   }
   if (left) {
+    HeadSpan of = head_span(it, whole);
     load_span(&span, x + whole, left);
-    finish_span(it, &at, row, whole, left, bound, &span);
+    finish_span(it, &at, &of, row, whole, left, bound, &span);
     store_span(&span, x + whole, left);
   }
 }
