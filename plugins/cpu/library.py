@@ -76,10 +76,12 @@ HEADERS = (
     "packed_gemm.h",
     "packed_gemm_variant.h",
     "quantized_attention.h",
+    "quantizer_op.h",
     "scratch.h",
     "span.h",
     "token_chain.h",
     "variants.h",
+    "yield.h",
 )
 # No contraction: a fused multiply-add would round once where the rules of the ops round twice.
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fvisibility=hidden", "-s")

@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { HEAD = 64, MOST_KEPT = 8 << 20 };
+enum { HEAD = 64, MOST_KEPT = 12 << 20 };
 
 #if defined(_WIN32) /* its C library has no aligned_alloc */
 #include <malloc.h>

@@ -5,7 +5,7 @@
 
 #include "epilogue_op.h"
 #include "ort_op.h"
-#include "token_chain.h"
+#include "quantizer_op.h"
 
 #define FLOATS_PER_CHUNK 16384 /* rows of one call on one thread: 64 KiB, which stays in its cache */
 
@@ -43,12 +43,8 @@ static const char *check(const Tensor *in, Work *work) {
   EpilogueInputs inputs = {&in[TOKEN_SCALE], &in[BIAS], &in[GATE], &in[RESIDUAL]};
   const char *wrong = fit_epilogue(&chain->epilogue, &in[X], &inputs);
   if (wrong) return wrong;
-  if (!in[NORM_SCALE].data != !in[NORM_SHIFT].data) return "TokenChain: a norm needs both its scale and its shift";
-  chain->rows_per_norm = in[NORM_SCALE].data ? rows_per_sample(&in[NORM_SCALE], n, work->rows) : 1;
-  if (work->rows && !chain->rows_per_norm) return "TokenChain: norm_scale must be [batch, 1, channels] or [channels]";
-  if (in[NORM_SHIFT].count != in[NORM_SCALE].count) return "TokenChain: norm_shift must have the shape of norm_scale";
   chain->tokens = chain->epilogue.tokens, chain->n = n;
-  return NULL;
+  return fit_norm(chain, &in[NORM_SCALE], &in[NORM_SHIFT], n, work->rows);
 }
 
 static void run_chunk(void *data, size_t index) {
@@ -73,15 +69,10 @@ static Status *compute(void *data, KernelContext *context) {
   const char *wrong = as_rows(&in[X], chain->heads_in);
   if (!wrong) wrong = check(in, &work);
   if (wrong) return invalid(api, wrong);
-  chain->x = in[X].data, chain->norm_scale = in[NORM_SCALE].data, chain->norm_shift = in[NORM_SHIFT].data;
-  TRY(make_output(api, context, CODES, &in[X], chain->n, 0, (void **)&chain->codes));
-  TRY(make_output(api, context, SCALE, &in[X], 1, 0, (void **)&chain->scale));
+  chain->x = in[X].data;
+  static const size_t places[] = {CODES, SCALE, QUANTIZED, LOW_CODES};
+  TRY(make_codes(api, context, places, &in[X], chain));
   TRY(make_epilogue(api, context, LINEAR, Y, &in[X], &chain->epilogue));
-  TRY(make_output(api, context, QUANTIZED, &in[X], chain->n, 0, (void **)&chain->quantized));
-  TRY(make_output(api, context, LOW_CODES, &in[X], chain->n, 0, (void **)&chain->low_codes));
-  if (!chain->low_codes != !(chain->codes && chain->limb_base))
-    return invalid(api, "TokenChain: low_codes come with codes and limb_base");
-  if (!chain->codes != !chain->scale) return invalid(api, "TokenChain: codes and scale come together");
   if (!work.rows) return NULL;
   work.rows_per_chunk = FLOATS_PER_CHUNK / chain->n + 1;
   size_t chunks = (size_t)((work.rows + work.rows_per_chunk - 1) / work.rows_per_chunk);
@@ -92,17 +83,9 @@ static Status *compute(void *data, KernelContext *context) {
 static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInfo *info, void **out) {
   (void)op;
   TokenChain options = {0};
-  int64_t zero = 0, limb_base = 0;
   TRY(CALL(api, attribute_int)(info, "heads_in", &options.heads_in));
   TRY(epilogue_attributes(api, info, &options.epilogue));
-  TRY(CALL(api, attribute_int)(info, "zero", &zero));
-  TRY(CALL(api, attribute_int)(info, "limb_base", &limb_base));
-  TRY(CALL(api, attribute_float)(info, "epsilon", &options.epsilon));
-  TRY(CALL(api, attribute_float)(info, "absmax_floor", &options.absmax_floor));
-  TRY(CALL(api, attribute_float)(info, "max_value", &options.max_value));
-  TRY(CALL(api, attribute_float)(info, "kmax", &options.kmax));
-  TRY(CALL(api, attribute_float)(info, "rounding_factor", &options.rounding_factor));
-  options.zero = (int32_t)zero, options.limb_base = (int32_t)limb_base;
+  TRY(quantizer_attributes(api, info, "zero", &options));
   Kernel *kernel = malloc(sizeof *kernel);
   if (!kernel) return CALL(api, create_status)(FAIL, "TokenChain: out of memory");
   *kernel = (Kernel){api, options};

@@ -272,11 +272,12 @@ def test_the_ops_in_onnxruntime_under_sanitizers():
     if sys.platform != "linux" or "gcc" not in Path(library.compiler()).resolve().name:
         pytest.skip("the sanitizers' run time is looked for as GCC has it on Linux")
     ops = ("chain", "limbs", "epilogue", "attention", "quantized_attention", "half_gemm", "packed_gemm")
-    files = [f"tests/kernels/test_native_{name}.py" for name in ops]
+    files = [f"tests/kernels/test_native_{name}.py" for name in (*ops, "quantized_rows")]
     names = ("odd_shapes", "left_out", "heads", "all_stages", "do_not_fit", "does_not_fit", "in_turn", "nan")
     of_attention = ("masks", "without_any_key", "not_finite", "no_byte", "row_of_zeros")
     of_gemms = ("every_float16", "damaged", "no_rows", "sums_of_groups", "nobody_reads", "be_exact", "by_the_weights")
-    chosen = " or ".join((*names, *of_attention, *of_gemms))
+    of_rows = ("of_the_chain",)
+    chosen = " or ".join((*names, *of_attention, *of_gemms, *of_rows))
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.sanitized", *files, "-k", chosen],
         cwd=SUPPORT.parents[1], env=os.environ | sanitized.environment(), capture_output=True, text=True, timeout=600,

@@ -1,8 +1,8 @@
 """What stands between the integer GEMMs of a lowered graph -> the op that makes the linear, else one TokenChain.
 
 A quantizer is a TokenChain from the start. Then what follows a linear goes into its PackedGemm, or into a chain behind
-a GEMM of stock ops; a norm goes into the quantizer behind it; chains meet; and both take the transpositions around
-attention. Names of tensors that probes refer to stay.
+a GEMM of stock ops; a norm goes into the quantizer behind it; chains meet; both take the transpositions around
+attention; and a PackedGemm quantizes its own rows. Names of tensors that probes refer to stay.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from export.dialect.ops import ABSMAX_FLOOR
 from export.dialect.ops import DOMAIN as DIALECT
 from export.formats.format import Format, get_format
 from export.formats.operands import SMALL_ZERO, limb_base, zero_point
+from pipeline.backends.cpu import packed_gemm
 from pipeline.backends.cpu.gemms import Product, grouped_gemm
 from pipeline.backends.cpu.native_ports import connect, finishes, make_instead, ports_in, ports_out
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
@@ -57,8 +58,14 @@ HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 
 def finish_with_chains(model: ir.Model) -> list[RewritePass]:
     """Run the passes on a graph whose quantizers are chains, in place."""
-    attention = FuseAttention(_attention, _attention_misfit)
-    passes: list[RewritePass] = [attention, UseQuantizedAttention(), AbsorbEpilogues(), JoinChains(), MoveHeads()]
+    passes: list[RewritePass] = [
+        FuseAttention(_attention, _attention_misfit),
+        UseQuantizedAttention(),
+        AbsorbEpilogues(),
+        JoinChains(),
+        MoveHeads(),
+        QuantizeInGemm(),
+    ]
     for rewrite in passes:
         rewrite(model)
     if any(node.domain == DOMAIN for node in model.graph):
@@ -351,3 +358,36 @@ def _in_two(graph: ir.Graph, turn: ir.Node) -> ir.Node:
     inputs_of(turn).set("data", value)
     turn.attributes["perm"] = ir.AttrInt64s("perm", SWAPPED)
     return first
+
+
+# --- rows that are quantized where they are made --------------------------------------------------------------------
+
+
+class QuantizeInGemm(RewritePass):
+    """TokenChain(rows of a PackedGemm) -> outputs of that PackedGemm, which quantizes a block of rows while they are in
+    the cache. Rows that nobody else reads are in no tensor then."""
+
+    def rewrite(self, model: ir.Model) -> None:
+        for node in [node for node in model.graph if _quantizes(node)]:
+            self._take(model.graph, node)
+        model.graph.sort()
+
+    def _take(self, graph: ir.Graph, quantizer: ir.Node) -> None:
+        rest = ports_in(quantizer)
+        x = rest.pop("X")
+        gemm = produced_by(x, packed_gemm.OP, DOMAIN)
+        if gemm is None or not set(rest) <= {"NORM_SCALE", "NORM_SHIFT"} or stages(quantizer).get("heads_in"):
+            return
+        made = ports_out(gemm)
+        if attribute(gemm, "heads_out", 0) or made.get("Y", made.get("LINEAR")) is not x:
+            return
+        if "CODES" in made:
+            self.refuse(quantizer.name, f"{gemm.name} quantizes its rows for another reader")
+            return
+        if _depend_on(list(rest.values()), gemm):
+            self.refuse(quantizer.name, f"its norm depends on {gemm.name}")
+            return
+        connect(gemm, rest, packed_gemm.quantizer_attributes(stages(quantizer)))
+        make_instead(gemm, ports_out(quantizer).items())
+        graph.remove(quantizer, safe=True)
+        self.fired += 1

@@ -3,6 +3,7 @@ computes)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from functools import partial
 
@@ -14,6 +15,7 @@ from export.dialect.graph import GraphBuilder
 from export.formats.operands import largest_code
 from pipeline.backends.cpu.gemms import Product
 from pipeline.backends.cpu.quantizers import Operand
+from pipeline.backends.cpu.token_chain import ATTRIBUTES, Number
 from pipeline.passes.quantized_gemm import QuantizedGemm
 from plugins.cpu.library import DOMAIN
 
@@ -38,6 +40,8 @@ class In(IntEnum):
     BIAS = 9
     GATE = 10
     RESIDUAL = 11
+    NORM_SCALE = 12
+    NORM_SHIFT = 13
 
 
 class Out(IntEnum):
@@ -47,6 +51,27 @@ class Out(IntEnum):
     INTEGER_SUMS = 1
     LINEAR = 2
     Y = 3
+    CODES = 4
+    SCALE = 5
+    QUANTIZED = 6
+    LOW_CODES = 7
+
+
+# Of a chain that is taken in: its attribute -> that of the op. The zero of the op's own codes has the other name.
+OF_QUANTIZER = {
+    "epsilon": "epsilon",
+    "absmax_floor": "absmax_floor",
+    "max_value": "max_value",
+    "kmax": "kmax",
+    "rounding_factor": "rounding_factor",
+    "zero": "code_zero",
+    "limb_base": "limb_base",
+}
+
+
+def quantizer_attributes(stages: Mapping[str, Number]) -> dict[str, Number]:
+    """Those of a norm and a quantizer with these stages of a chain (token_chain.ATTRIBUTES), absent where not named."""
+    return {own: stages.get(name, ATTRIBUTES[name]) for name, own in OF_QUANTIZER.items()}
 
 
 def packed_gemm(
@@ -70,7 +95,7 @@ def packed_gemm(
     if gemm.activation_group:  # [M, groups, group] and [M, groups, 1]
         like = build.op("Shape", a.x, name="like")
         codes = tuple(build.op("Reshape", code, like, name=f"rows_{i}") for i, code in enumerate(codes))
-    inputs = {
+    inputs: dict[In, ir.Value | None] = {
         In.CODES: codes[0],
         In.LOW_CODES: codes[1] if len(codes) == 2 else None,
         In.WEIGHT: weight,
@@ -81,8 +106,6 @@ def packed_gemm(
         In.GROUP_SCALE: a.scale if gemm.activation_group else None,
         In.TOKEN_SCALE: None if gemm.activation_group else a.scale,
         In.BIAS: bias,
-        In.GATE: None,
-        In.RESIDUAL: None,
     }
     attributes = {
         "zero": a.zero,
@@ -93,12 +116,14 @@ def packed_gemm(
         "gelu": 0,
         "heads_out": 0,
     }
-    node = build.node(OP, [inputs[place] for place in In], "product", attributes, DOMAIN, len(Out))
-    for value in node.outputs:
+    places = [inputs.get(place) for place in In]
+    node = build.node(OP, places, "product", attributes | quantizer_attributes({}), DOMAIN, len(Out))
+    for value in node.outputs[Out.LINEAR :]:
+        value.name = ""
+    product, sums_of_groups, linear = node.outputs[: Out.Y]
+    for value in (product, sums_of_groups, linear):
         value.type = ir.TensorType(FLOAT)
-    product, sums_of_groups, linear, y = node.outputs
     linear.name = f"{build.prefix}/{'scaled_tokens' if bias is None else 'output'}"
-    y.name = ""
     if sums == 1:
         sums_of_groups.name = ""
         return Product(product, product, scales, None), linear
