@@ -249,19 +249,23 @@ INLINE void fetch_next(const PackedGemm *gemm, const Block *block, int64_t panel
   }
 }
 
-/* What the epilogue of rows first.. of some panels reads and writes, on its way while they are multiplied: rows lie
- * farther apart than processors foresee. */
-INLINE void fetch_rows(const PackedGemm *gemm, const Block *block, int64_t panel, int64_t first, int64_t rows) {
+/* What the epilogue of rows first.. of some panels reads and writes; of heads as far as rows are of one sample. */
+INLINE Fetch lines_of(const PackedGemm *gemm, int64_t panel, int panels, int64_t first) {
   const Epilogue *it = &gemm->epilogue;
-  EpilogueRow at = epilogue_row(it, first);
-  HeadSpan of[MOST_PANELS];
-  for (int part = 0; part < block->panels; part++) of[part] = head_span(it, (panel + part) * PANEL);
-  for (int64_t row = first; row < first + rows; row++, next_row(it, &at))
-    for (int part = 0; part < block->panels; part++) {
-      int64_t place = row * it->n + (panel + part) * PANEL;
-      if (it->residual) __builtin_prefetch(it->residual + place, 0, 2);
-      if (it->y) __builtin_prefetch(it->heads_out ? head_place(it, &at, of + part) : it->y + place, 1, 2);
-    }
+  const EpilogueRow at = epilogue_row(it, first);
+  Fetch fetch = {.streams = 0};
+  for (int part = 0; part < panels; part++) {
+    int64_t channel = (panel + part) * PANEL, place = first * it->n + channel;
+    const HeadSpan of = head_span(it, channel);
+    const float *ends[] = {it->residual ? it->residual + place : NULL,
+                           !it->y ? NULL : it->heads_out ? head_place(it, &at, &of) : it->y + place};
+    for (int end = 0; end < 2; end++)
+      if (ends[end]) {
+        fetch.stream[fetch.streams] = (const char *)ends[end];
+        fetch.apart[fetch.streams++] = (end && it->heads_out ? of.size : it->n) * (int64_t)sizeof(float);
+      }
+  }
+  return fetch;
 }
 
 /* Rows of `block->panels` panels from `panel` on. */
@@ -290,7 +294,8 @@ static void multiply(
       for (int64_t row = 0, chunk = 0, rows; row < all; row += rows, chunk++) {
         rows = all - row < variant->rows ? all - row : variant->rows;
         fetch_next(gemm, block, panel, chunk, chunks);
-        if (block->k0 + block->k == k) fetch_rows(gemm, block, panel, first + row, rows);
+        block->fetch.streams = 0;
+        if (block->k0 + block->k == k) block->fetch = lines_of(gemm, panel, block->panels, first + row);
         for (int limb = 0; limb < limbs; limb++) {
           int32_t *sums = scratch->sums[limb] + row * stride;
           variant->add(block, codes[limb] + row * k + block->k0, k, rows, sums);

@@ -18,12 +18,21 @@ typedef struct Scratch {
   uint8_t *tail[2];  /* [rows, k filled up] of each limb, where k is no multiple of 8 */
 } Scratch;
 
+/* Lines of memory that the epilogue of some rows reads and writes: `streams` of them for each row, `apart` bytes from row
+ * to row. */
+typedef struct Fetch {
+  const char *stream[2 * MOST_PANELS];
+  int64_t apart[2 * MOST_PANELS];
+  int streams; /* 0: none of this block's */
+} Fetch;
+
 /* One block of input channels: k0..k0 + k - 1 of a panel, or of some that lie side by side. */
 typedef struct Block {
   const PackedGemm *gemm;
   const uint8_t *weight, *multipliers; /* of the panel that is decoded */
   int64_t k0, k;
   int panels; /* that `add` is for */
+  Fetch fetch; /* on its way while the block is multiplied, by an `add` that does that */
   int fresh;  /* the first block of some sums: there are none yet that `add` could add to */
   int run;                 /* quads whose sums of pairs fit 16 bits; 0: not even one's */
   const int8_t *w[MOST_PANELS]; /* what `decode` has returned, for `add` */

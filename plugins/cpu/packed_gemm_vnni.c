@@ -110,9 +110,11 @@ TARGET_VNNI const int8_t *packed_gemm_decode_vnni(const Block *block, int8_t *de
 
 enum { VNNI_ROWS = 12 }; /* with 2 panels 24 sums, 2 weights and codes: of 32 registers */
 
-/* Rows are addressed from every third one, with the stride once and twice, and `octet` input channels by constants. */
+/* Rows are addressed from every third one, with the stride once and twice, and `octet` input channels by constants. first:
+ * of those that the epilogue takes together. */
 TARGET_VNNI INLINE void tile_vnni(
-    const int rows, const int panels, const Block *block, const uint8_t *a, int64_t stride, int32_t *sums) {
+    const int rows, const int panels, const Block *block, int64_t first, const uint8_t *a, int64_t stride,
+    int32_t *sums) {
   __m512i total[VNNI_ROWS][MOST_PANELS];
   const int8_t *left = block->w[0], *right = block->w[panels - 1];
   const __mmask16 kept = block->fresh ? 0 : 0xffff; /* sums so far */
@@ -124,7 +126,15 @@ TARGET_VNNI INLINE void tile_vnni(
     for (int part = 0; part < panels; part++)
       total[row][part] = _mm512_maskz_loadu_epi32(kept, sums + (row * panels + part) * PANEL);
   }
+  const Fetch *fetch = &block->fetch;
+  const int64_t lines = rows * fetch->streams;
+  int64_t line = 0;
   for (int64_t i = 0; i < k; i += OCTET, left += 2 * BYTES, right += 2 * BYTES) {
+    if (line < lines) { /* one at a time: many at once would hold up the loads of codes */
+      int64_t row = first + line / fetch->streams, stream = line % fetch->streams;
+      __builtin_prefetch(fetch->stream[stream] + row * fetch->apart[stream], 0, 2);
+      line++;
+    }
 #pragma GCC unroll 2
     for (int quad = 0; quad < 2; quad++) {
       __m512i left_weight = _mm512_loadu_si512(left + quad * BYTES), right_weight = left_weight;
@@ -150,7 +160,9 @@ TARGET_VNNI INLINE void tile_vnni(
 TARGET_VNNI INLINE void rows_vnni(
     const int panels, const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
   const int64_t wide = panels * PANEL;
-#define TILE(count) tile_vnni(count, panels, block, a, stride, sums), a += count * stride, sums += count * wide
+  int64_t first = 0;
+#define TILE(count)                                                                                                    \
+  tile_vnni(count, panels, block, first, a, stride, sums), first += count, a += count * stride, sums += count * wide
   for (; rows >= VNNI_ROWS; rows -= VNNI_ROWS) TILE(VNNI_ROWS);
   if (rows >= 8) TILE(8), rows -= 8;
   for (; rows >= 4; rows -= 4) TILE(4);

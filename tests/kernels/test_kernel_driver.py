@@ -39,8 +39,8 @@ pytestmark = pytest.mark.kernels
 
 KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
 # Sources whose instructions other ones are made of, and what stands in for them.
-EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "attention.c", "half_gemm.c")
-EMULATIONS = ("emulated_x86.c", "emulated_attention.c", "emulated_half_gemm.c")
+EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "attention.c", "half_gemm.c", "quantized_weights.c")
+EMULATIONS = ("emulated_x86.c", "emulated_attention.c", "emulated_half_gemm.c", "emulated_weights.c")
 STRICT = sanitized.FLAGS
 EPSILON = 1e-6  # of a norm
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
