@@ -157,8 +157,10 @@ def with_attention(recipe: Recipe, model: LoadedModel, targets: Sequence[str]) -
     chosen = settled_attention(recipe, targets)
     if chosen.attention.formats is None:
         if recipe.attention.is_auto:
-            lacking = " and ".join(target for target in targets if not BACKENDS[target].quantizes_attention)
-            logger.info("attention auto: float, for want of quantized attention in target %s", lacking)
+            lacking = " and ".join(
+                name for name in targets if not BACKENDS[name].quantizes_attention_by_default(recipe)
+            )
+            logger.info("attention auto: float, for want of a kernel for quantized attention in target %s", lacking)
         return chosen
     from export.models.attention_calls import attention_names
 

@@ -379,11 +379,11 @@ AUTO_ATTENTION = Attention("E2M3", "E2M3")
 
 
 def settled_attention(recipe: Recipe, targets: Iterable[str]) -> Recipe:
-    """The recipe with what attention "auto" means for these targets: AUTO_ATTENTION where all of them have quantized
-    attention, else float; any other recipe comes back as it is."""
+    """The recipe with what attention "auto" means for these targets: AUTO_ATTENTION where all of them
+    quantize it by default, else float; any other recipe comes back as it is."""
     if not recipe.attention.is_auto:
         return recipe
-    everywhere = all(BACKENDS[target].quantizes_attention for target in targets)
+    everywhere = all(BACKENDS[target].quantizes_attention_by_default(recipe) for target in targets)
     return replace(recipe, attention=AUTO_ATTENTION if everywhere else Attention())
 
 

@@ -260,6 +260,10 @@ class Backend(ABC, Generic[OptionsT]):
 
     # --- build and load ----------------------------------------------------------------------------------------------
 
+    def quantizes_attention_by_default(self, recipe: Recipe) -> bool:
+        """May attention "auto" be quantized, with the recipe's options on this machine?"""
+        return self.quantizes_attention
+
     def settled(self, recipe: Recipe) -> Recipe:
         """The recipe with what "auto" means on this machine for this target's options, as the bundle records it."""
         return recipe

@@ -15,6 +15,7 @@ from pipeline import compiler
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.compiler import BuildRequest, Prepared, prepare
+from plugins.cpu import library
 from tests.support import pipelines, tiny
 from tests.support.tiny_text import t5_folder
 
@@ -33,9 +34,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every package is here, so that the recipe alone decides."""
+    """Every package and the kernel library are here, so that the recipe alone decides."""
     for backend in BACKENDS.values():
         monkeypatch.setattr(backend, "package_problems", lambda: [])
+    monkeypatch.setattr(library, "problem", lambda: None)
 
 
 def prepared(model: Path, output: Path, targets: tuple[str, ...], *settings: str) -> Prepared:
@@ -64,8 +66,8 @@ def test_the_key_of_a_build_is_that_of_what_auto_became(model: Path, tmp_path: P
     [
         ("cpu", {"qk": "E2M3", "pv": "E2M3"}, MADE_OF),
         ("onnx", {"qk": "E2M3", "pv": "E2M3"}, "every target (onnx) computes"),
-        ("cpu,cuda", {}, "attention auto: float, for want of quantized attention in target cuda"),
-        ("rtx,cuda", {}, "attention auto: float, for want of quantized attention in target rtx and cuda"),
+        ("cpu,cuda", {}, "attention auto: float, for want of a kernel for quantized attention in target cuda"),
+        ("rtx,cuda", {}, "attention auto: float, for want of a kernel for quantized attention in target rtx and cuda"),
     ],
 )
 def test_a_dry_run_says_what_auto_means(
@@ -80,6 +82,18 @@ def test_a_dry_run_says_what_auto_means(
     shown = capsys.readouterr()
     assert json.loads(shown.out)["recipe"]["attention"] == attention
     assert words in shown.err and shown.err.count("attention auto") == 1 and "attentions to quantize" not in shown.err
+
+
+def test_stock_ops_have_attention_in_float_unless_formats_are_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There QuantizedAttention takes several times as long."""
+    with caplog.at_level("INFO"):
+        assert prepared(model, tmp_path / "e", ("cpu",), "cpu.path=stock").recipe.attention.formats is None
+    assert "attention auto: float, for want of a kernel for quantized attention in target cpu" in caplog.text
+    assert prepared(model, tmp_path / "e", ("cpu",), "cpu.path=stock", *NAMED).recipe.attention.text() == "E2M3/E2M3"
+    monkeypatch.setattr(library, "problem", lambda: "no compiler")
+    assert prepared(model, tmp_path / "e", ("cpu",)).recipe.attention.formats is None
 
 
 def test_a_model_whose_attention_cannot_be_quantized_has_it_in_float(
@@ -112,13 +126,13 @@ def test_a_stopped_build_goes_on_as_what_auto_became_and_its_bundle_never_says_a
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compiler, "verified", stop)
-    assert cli.main(flags("build", model, tmp_path / "e", "--target", "cpu")) == 130
+    assert cli.main(flags("build", model, tmp_path / "e", "--target", "onnx")) == 130
     monkeypatch.setattr(compiler, "verified", lambda *_: None)
     monkeypatch.setattr(compiler, "benched", lambda *_: None)
     monkeypatch.setattr("pipeline.calibrate.calibrate", lambda *_: pytest.fail("it was calibrated"))
     capsys.readouterr()
     named = [flag for setting in NAMED for flag in ("--set", setting)]
-    assert cli.main(flags("build", model, tmp_path / "e", "--target", "cpu", "--resume", *named)) == 0
+    assert cli.main(flags("build", model, tmp_path / "e", "--target", "onnx", "--resume", *named)) == 0
     assert "4 attentions to quantize at E2M3/E2M3" in capsys.readouterr().err
     assert json.loads((tmp_path / "e/manifest.json").read_text())["recipe"]["attention"] == {"qk": "E2M3", "pv": "E2M3"}
     assert recipes.load(str(tmp_path / "e/recipe.toml")).attention.text() == "E2M3/E2M3"

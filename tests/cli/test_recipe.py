@@ -13,6 +13,7 @@ from pipeline.backends import BACKENDS, base
 from pipeline.calibrate.plan import group_multipliers
 from pipeline.methods import AUTO_ROWS
 from pipeline.recipe import Recipe, from_dict, load, recipe_names, settled, settled_attention, to_toml, with_settings
+from plugins.cpu import library
 
 BASE = Recipe(name="test", model="zoo:pixart_mini")
 NAMES = [
@@ -293,7 +294,8 @@ def test_formats_that_attention_cannot_have_are_refused(settings, words):
     ("targets", "formats"),
     [(("cpu", "onnx"), "E2M3/E2M3"), (("onnx",), "E2M3/E2M3"), (("cuda", "onnx"), "float"), (("cpu", "rtx"), "float")],
 )
-def test_what_attention_auto_means_is_for_the_targets_to_say(targets, formats):
+def test_what_attention_auto_means_is_for_the_targets_to_say(targets, formats, monkeypatch):
+    monkeypatch.setattr(library, "problem", lambda: None)
     automatic = with_settings(BASE, AUTOMATIC)
     assert settled_attention(automatic, targets).attention.text() == formats
     for decided in (BASE, with_settings(BASE, QUANTIZED)):

@@ -86,6 +86,10 @@ class CpuBackend(Backend[CpuOptions]):
         problem = lacking(needs, provided(machine.cpu_flags()))
         return library.problem() if problem is None and library.requirement() in needs else problem
 
+    def quantizes_attention_by_default(self, recipe: Recipe) -> bool:
+        """By the kernel library; its function body in stock ops takes several times as long as attention in float."""
+        return self.options(self.settled(recipe)).path == "fused"
+
     def settled(self, recipe: Recipe) -> Recipe:
         from plugins.cpu import library
 
