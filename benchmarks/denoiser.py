@@ -3,8 +3,9 @@
 FOLDER holds a model of true configuration (`python -m benchmarks.zoo.make_xl` writes one with random weights). Engines
 of ours are measured beside every peer of pipeline/bench/peers.py that is installed: each in a process of its own, all
 called in turn, for several numbers of image tokens and batch sizes; with each its error against the float model, its
-load time and its peak memory. Engines are the recipe's as users get it, fused and stock, and any more by `--engine
-NAME:SETTINGS`, which may begin with another recipe, such as `--engine 'int8: pixart_w8a8, attention.qk=INT8,
+load time and its peak memory. Engines are the recipe's, fused and stock, with attention in float whatever the recipe
+has for it, and any more by `--engine NAME:SETTINGS`, such as `--engine 'attn_e2m3: attention.qk=E2M3,
+attention.pv=E2M3'`, which may begin with another recipe: `--engine 'int8: pixart_w8a8, attention.qk=INT8,
 attention.pv=INT8'`. Writes benchmarks/results/denoiser_MACHINE.json.
 
 What is expensive to make is kept in DIR for the next run; `--only-prepare` makes it and measures nothing. The result is
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from benchmarks import record
+from benchmarks.quality.rows import FLOAT_ATTENTION
 from benchmarks.record import Json
 from export import checkpoint
 from export.documents import read_json
@@ -45,12 +47,13 @@ from pipeline.bench.worker import save_arrays, save_case
 from pipeline.distance import sqnr_db
 from pipeline.files import remove, sha256_json, write_json
 from pipeline.generate.case import Case
-from pipeline.recipe import Recipe, with_settings
+from pipeline.recipe import Recipe, settled_attention, with_settings
 from pipeline.recipe import load as load_recipe
 
 logger = logging.getLogger(__name__)
 RECIPE = "pixart_w4a6"
-PATHS = ("fused", "stock")  # of cpu.path; engines of these names
+PATHS = ("fused", "stock")  # of cpu.path; engines of these names, with FLOAT_ATTENTION
+TARGET = "cpu"
 # The engine and the float32 reference flip codes against each other wherever float rounding meets a midpoint, and
 # flips grow over the layers: the reference in float32 is itself about 33 dB from its float64 run at 28 layers. A
 # defect (a wrong scale, a lost bias) leaves less than 10 dB.
@@ -93,7 +96,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Ours:
-    """An engine to build. base: the recipe it begins with, by name. settings: as typed, beside those of all engines."""
+    """An engine to build. base: the recipe it begins with, by name. settings: as typed, beside those of all engines.
+    recipe: of all that, with what attention "auto" means for TARGET."""
 
     name: str
     base: str
@@ -112,7 +116,8 @@ def parse_engine(text: str, base: str, common: Sequence[str]) -> Ours:
     parts = [part.strip() for part in re.split(r",(?=\s*[\w.\"]+\s*=)", rest) if part.strip()]
     if parts and "=" not in parts[0]:
         base = parts.pop(0)
-    return Ours(name.strip(), base, tuple(parts), with_settings(load_recipe(base), [*common, *parts]))
+    recipe = with_settings(load_recipe(base), [*common, *parts])
+    return Ours(name.strip(), base, tuple(parts), settled_attention(recipe, (TARGET,)))
 
 
 class Stamp(TypedDict):
@@ -170,10 +175,10 @@ def _build_group(
         logger.info("building engine %s for %d pixels", ours.name, pixels)
         bundle = folder / str(pixels) / ours.name
         remove(bundle)
-        (bundle / "cpu").mkdir(parents=True)
+        (bundle / TARGET).mkdir(parents=True)
         lowered = scratch / f"lowered_{ours.name}"
         lowered.mkdir()
-        backend.build(backend.lower(scratch / "model.onnx", lowered, ours.recipe), bundle / "cpu", ours.recipe)
+        backend.build(backend.lower(scratch / "model.onnx", lowered, ours.recipe), bundle / TARGET, ours.recipe)
     remove(scratch)
     distances = _compared(model, group, pixels, folder / str(pixels), calibrated) if compare else {}
     for ours in group:
@@ -236,7 +241,7 @@ class Bench:
         ours = [
             Entry(
                 row.name,
-                Spec("engine", self.threads, str(self.folder / "engines" / str(pixels) / row.name), "cpu"),
+                Spec("engine", self.threads, str(self.folder / "engines" / str(pixels) / row.name), TARGET),
                 is_ours=True,
                 draws=True,
             )
@@ -329,8 +334,8 @@ def make_parser() -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace, cases: Sequence[Sizes]) -> Bench:
     """Engines, files of peers and the float model's answers for all cases, as far as they are not there."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    stated = [*(f"{path}:cpu.path={path}" for path in args.paths), *args.engines]
-    engines = tuple(parse_engine(text, args.recipe, args.settings) for text in stated)
+    of_paths = [f"{path}:{','.join((f'cpu.path={path}', *FLOAT_ATTENTION))}" for path in args.paths]
+    engines = tuple(parse_engine(text, args.recipe, args.settings) for text in [*of_paths, *args.engines])
     model, source = load(args.model), FloatModel(str(Path(args.model).resolve()), "", "", 0, 0)
     all_pixels = sorted({sizes.pixels(model) for sizes in cases})
     for pixels in all_pixels:

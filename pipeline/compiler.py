@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from export.errors import ContractError, EnvironmentLacksError, ParityError, Rec
 from export.names import inside
 from pipeline import machine
 from pipeline.backends import BACKENDS, PORTABLE, lowering_file, opened, tool_versions
-from pipeline.backends.base import BuildResult
+from pipeline.backends.base import KEEPS_FLOAT, BuildResult
 from pipeline.backends.mapped_pages import give_back_weights
 from pipeline.bundle import manifest
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
@@ -26,7 +27,7 @@ from pipeline.files import is_bundle, publish, refuse_unwritable, remove, sha256
 from pipeline.generate.case import Case, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
 from pipeline.generate.sampling import make_sampler
-from pipeline.recipe import Recipe, load_float_model, to_toml
+from pipeline.recipe import Attention, Recipe, load_float_model, settled_attention, to_toml
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
@@ -88,7 +89,8 @@ def compile_engine(request: BuildRequest) -> Path:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known when work starts. recipe: with its method in place of "auto"; time: what loading the model took."""
+    """What is known when work starts. recipe: with what it means in place of every "auto"; time: what loading the model
+    took."""
 
     recipe: Recipe
     model: LoadedModel
@@ -124,7 +126,7 @@ def compile_prepared(request: BuildRequest, prepared: Prepared) -> Path:
 
 
 def prepare(request: BuildRequest) -> Prepared:
-    """The recipe with its method, and the model: all that can be refused before work starts is refused here."""
+    """The recipe without any "auto", and the model: all that can be refused before work starts is refused here."""
     recipe = request.recipe
     refuse_early(request)
     logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
@@ -136,7 +138,7 @@ def prepare(request: BuildRequest) -> Prepared:
         recipe = BACKENDS[target].settled(recipe)
     refuse_full_disk(request, model.parameters)
     make_plans(model.linears(), recipe)  # refuses groups that do not fit
-    refuse_no_attention(model, recipe)
+    recipe = with_attention(recipe, model, request.targets)
     case = make_case(model, recipe)
     if isinstance(case, Case):
         make_sampler(case.sampler, case.n_steps, case.timestep_scale)  # refuses a generation.json not to be drawn by
@@ -146,17 +148,35 @@ def prepare(request: BuildRequest) -> Prepared:
     return Prepared(recipe, model, model_time)
 
 
-def refuse_no_attention(model: LoadedModel, recipe: Recipe) -> None:
-    """Raise RecipeError where the recipe quantizes attention and the model has none that can be."""
-    if recipe.attention.formats is None:
-        return
+def with_attention(recipe: Recipe, model: LoadedModel, targets: Sequence[str]) -> Recipe:
+    """The recipe with what attention "auto" means for this model and these targets, which is said with the reason; any
+    other comes back as it is.
+
+    Raises RecipeError where the recipe names formats and the model has no attention that can be quantized.
+    """
+    chosen = settled_attention(recipe, targets)
+    if chosen.attention.formats is None:
+        if recipe.attention.is_auto:
+            lacking = " and ".join(
+                name for name in targets if not BACKENDS[name].quantizes_attention_by_default(recipe)
+            )
+            logger.info("attention auto: float, for want of a kernel for quantized attention in target %s", lacking)
+        return chosen
     from export.models.attention_calls import attention_names
 
     try:
-        names = attention_names(model)
+        count = len(attention_names(model))
     except ContractError as error:
-        raise RecipeError(f"{recipe.model}: {error}") from error
-    logger.info("%d attentions to quantize at %s", len(names), recipe.attention.text())
+        if not recipe.attention.is_auto:
+            raise RecipeError(f"{recipe.model}: {error}") from error
+        logger.info("attention auto: float, since the model's cannot be quantized: %s", error)
+        return replace(recipe, attention=Attention())
+    if recipe.attention.is_auto:
+        words = "attention auto: %s for %d attentions, which every target (%s) computes; %s"
+        logger.info(words, chosen.attention.text(), count, ", ".join(targets), KEEPS_FLOAT)
+    else:
+        logger.info("%d attentions to quantize at %s", count, chosen.attention.text())
+    return chosen
 
 
 def refuse_early(request: BuildRequest) -> None:

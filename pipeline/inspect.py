@@ -38,7 +38,7 @@ class LayerRow(Layer):
 
 
 class Document(TypedDict):
-    """The answer. attention: its formats, or "float". counts: of a bundle only."""
+    """The answer. attention: its formats, "float", or of a recipe "auto". counts: of a bundle only."""
 
     engine: str
     attention: str

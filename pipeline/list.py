@@ -16,7 +16,7 @@ from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.command import Answer, Parser, Part, Table, parser, run
 from pipeline.methods import METHODS, PRESETS, MethodRow, Option
-from pipeline.recipe import Recipe
+from pipeline.recipe import Attention, Recipe
 from pipeline.signals import leave
 
 # What the bits of a weight and of an activation buy, as measured and not as hoped.
@@ -126,7 +126,7 @@ def _formats(recipe: Recipe) -> str:
         return "not quantized"
     formats = recipe.formats
     special = "".join(f", {kind} {name}" for kind, name in formats.weight_of.items())
-    attention = "" if recipe.attention.formats is None else f", attention {recipe.attention.text()}"
+    attention = "" if recipe.attention == Attention() else f", attention {recipe.attention.text()}"
     return f"{formats.weight} x {formats.activation}{special}{attention}"
 
 

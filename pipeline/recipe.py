@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -87,7 +87,8 @@ UNQUANTIZED = "float"
 
 @dataclass(frozen=True)
 class Attention:
-    """Number formats of attention: qk of queries and keys, pv of values. None, or the word "float": in float32."""
+    """Number formats of attention: qk of queries and keys, pv of values. None, or the word "float": in float32; "auto"
+    for both: the targets decide (`settled_attention`)."""
 
     qk: str | None = None
     pv: str | None = None
@@ -96,25 +97,30 @@ class Attention:
         for name in ("qk", "pv"):
             if getattr(self, name) == UNQUANTIZED:
                 object.__setattr__(self, name, None)
-        _check(
-            (self.qk is None) == (self.pv is None),
-            f"attention.qk is {self.qk or UNQUANTIZED} and attention.pv {self.pv or UNQUANTIZED}; "
-            "give a format for both, or for neither",
-        )
-        _ = self.formats  # refuses formats that attention cannot have
+        of_both = f"attention.qk is {self.qk or UNQUANTIZED} and attention.pv {self.pv or UNQUANTIZED}; give"
+        _check((self.qk == AUTO) == (self.pv == AUTO), f"{of_both} {AUTO} for both, or for neither")
+        _check((self.qk is None) == (self.pv is None), f"{of_both} a format for both, or for neither")
+        if not self.is_auto:
+            _ = self.formats  # refuses formats that attention cannot have
+
+    @property
+    def is_auto(self) -> bool:
+        """Are formats still to be chosen by `settled_attention`?"""
+        return self.qk == AUTO
 
     @property
     def formats(self) -> AttentionFormats | None:
-        """None where attention stays in float32."""
+        """None where attention stays in float32. Raises RecipeError where that is not decided yet."""
+        _check(not self.is_auto, f"attention is {AUTO}, which a build decides by its targets; name formats, or float")
         return None if self.qk is None or self.pv is None else AttentionFormats(self.qk, self.pv)
 
     def text(self) -> str:
         """The formats in words.
 
-        >>> Attention("INT8", "INT8").text(), Attention().text()
-        ('INT8/INT8', 'float')
+        >>> Attention("INT8", "INT8").text(), Attention().text(), Attention("auto", "auto").text()
+        ('INT8/INT8', 'float', 'auto')
         """
-        return UNQUANTIZED if self.formats is None else str(self.formats)
+        return AUTO if self.is_auto else UNQUANTIZED if self.formats is None else str(self.formats)
 
     def document(self) -> dict[str, str]:
         """As TOML has it, which knows no None: the keys are absent then."""
@@ -243,7 +249,7 @@ class Recipe:
         _check(bool(self.model), f"recipe {self.name}: model is empty; give a folder, a hub id or zoo:NAME")
         _check(self.half in (None, *HALVES), f"recipe {self.name}: half {self.half!r}; use {' or '.join(HALVES)}")
         _check(
-            self.half is None or self.attention.formats is None,
+            self.half is None or self.attention == Attention(),
             f"recipe {self.name}: attention of an autoencoder's {self.half} stays in float; leave attention.qk and "
             "attention.pv out",
         )
@@ -365,6 +371,20 @@ def settled(recipe: Recipe, parameters: int) -> Recipe:
         return recipe
     method = next(name for limit, name in AUTO_ROWS if parameters <= limit)
     return replace(recipe, calibrate=replace(recipe.calibrate, method=method))
+
+
+# What "auto" means where attention can be quantized: it costs nothing that was measurable on the bundled PixArt
+# (docs/quality.md) and at the size of PixArt-XL, and the kernel library computes it faster at every size.
+AUTO_ATTENTION = Attention("E2M3", "E2M3")
+
+
+def settled_attention(recipe: Recipe, targets: Iterable[str]) -> Recipe:
+    """The recipe with what attention "auto" means for these targets: AUTO_ATTENTION where all of them
+    quantize it by default, else float; any other recipe comes back as it is."""
+    if not recipe.attention.is_auto:
+        return recipe
+    everywhere = all(BACKENDS[target].quantizes_attention_by_default(recipe) for target in targets)
+    return replace(recipe, attention=AUTO_ATTENTION if everywhere else Attention())
 
 
 # Keys that `--set` knows by a shorter name.

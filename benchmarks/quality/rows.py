@@ -16,6 +16,8 @@ FP = {"w4": "E2M1", "w6": "E2M3", "a8": "E3M4", "a6": "E2M3", "a4": "E2M1"}
 INT = {"w4": "INT4", "w6": "INT6", "a8": "INT8", "a6": "INT6", "a4": "INT4"}
 PLAIN, MIXED = "formats.weight_of={}", 'formats.weight_of={"ff.in" = "E3M0"}'
 CHANNEL = ("weights.granularity=per_channel",)
+# Attention of rows that do not name its formats, whatever their recipe has for it.
+FLOAT_ATTENTION = ("attention.qk=float", "attention.pv=float")
 # Of the records of sensitivity: what is quantized of the linears, and their kind if it is none in particular.
 PARTS = WEIGHTS, ACTIVATIONS, BOTH = "weights", "activations", "both"
 ALL = "all"
@@ -51,7 +53,7 @@ class Line:
         rows = []
         for width in self.widths:
             weight, activation = formats[width[:2]], formats[width[2:]]
-            base = (f"formats.weight={weight}", f"formats.activation={activation}", self.weight_of)
+            base = (f"formats.weight={weight}", f"formats.activation={activation}", self.weight_of, *FLOAT_ATTENTION)
             settings = (*base, *chosen, *self.settings)
             rows.append(Row(f"{self.name}-{width}", model, MODELS[model], settings, self.multipliers))
         return rows

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.quality.rows import FLOAT_ATTENTION
 from export.checkpoint import QuantizedLinear
 from export.models import load as models
 from export.models.load import LoadedModel
@@ -53,7 +54,8 @@ def model_rows(name: str) -> Iterator[record.Json]:
     """One row for each target of a bundled model."""
     model = models.load(f"zoo:{name}")
     recipe_name, others = MODELS[name]
-    recipe = recipes.with_settings(recipes.load(recipe_name), ["method=rtn", f"sampling.n_steps={STEPS}"])
+    settings = ["method=rtn", f"sampling.n_steps={STEPS}", *FLOAT_ATTENTION]  # of all targets alike
+    recipe = recipes.with_settings(recipes.load(recipe_name), settings)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         layers = calibrate(model, recipe, root / "calibrate")

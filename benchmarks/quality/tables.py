@@ -138,6 +138,7 @@ drawn scenes and handwritten digits: the numbers compare methods and formats, an
 - Frechet distances are taken in the 64 features of a small judge, not of Inception. They fall with the number of
   pictures: compare within a table only. A distance to real data may fall below float's: guidance makes pictures
   cleaner than data, and noise undoes some of it. The distance to the float model's pictures has no such excuse.
+- Attention is in float in all rows but those that name its formats, whatever the recipe has for it.
 - "right": the judge reads in the picture everything that the prompt asks for.
 - PSNR and SSIM compare each picture with float's of the same noise; medians. A picture that took another course early
   is a bad match and may be a good picture, so read them beside the distances.

@@ -103,6 +103,7 @@ Arithmetic = Literal["fp32", "fp16", "fp16 tokens"]
 LARGE_ELEMENTS = 2**20
 # Masks add numbers like -10000 or -inf; below this FP16 would make -inf of it, and a row of -inf becomes NaN.
 LOWEST_MASK = -30000.0
+KEEPS_FLOAT = "--set attention.qk=float --set attention.pv=float keeps it in floats"
 PROVEN_NOT_RUN = "numerically proven through onnxruntime; engine built, not run"
 
 
@@ -190,6 +191,8 @@ class Backend(ABC, Generic[OptionsT]):
     needs_gpu: ClassVar[bool] = False
     # 1 is the fastest: the order in which `Bundle.engine("auto")` looks for a target that fits the machine.
     speed_rank: ClassVar[int]
+    # Does it compute the dialect's QuantizedAttention?
+    quantizes_attention: ClassVar[bool] = False
     # Made to run anywhere and not to be fast: verified with less effort, not measured beside others.
     slow: ClassVar[bool] = False
     # What a build of it may make, in the target's folder of the bundle.
@@ -231,10 +234,10 @@ class Backend(ABC, Generic[OptionsT]):
     def problems_of_gpus(self, recipe: Recipe) -> list[str]:
         """A message for each thing in the recipe that no target for GPUs takes: quantized attention, autoencoders."""
         found = []
-        if recipe.attention.formats is not None:
-            remedy = "--set attention.qk=float --set attention.pv=float keeps it in floats, --target cpu takes it"
-            text = recipe.attention.text()
-            found.append(f"target {self.name} has no quantized attention (the recipe's: {text}); {remedy}")
+        attention = recipe.attention
+        if not (self.quantizes_attention or attention.is_auto or attention.formats is None):
+            remedy = f"{KEEPS_FLOAT}, --target cpu takes it"
+            found.append(f"target {self.name} has no quantized attention (the recipe's: {attention.text()}); {remedy}")
         if recipe.half is not None:
             found.append(f"target {self.name} builds no {recipe.half} of an autoencoder; --target cpu does")
         return found
@@ -256,6 +259,10 @@ class Backend(ABC, Generic[OptionsT]):
         return validated(row, f"{source}: targets.{self.name}.metadata", schema, metadata_file.RULES)
 
     # --- build and load ----------------------------------------------------------------------------------------------
+
+    def quantizes_attention_by_default(self, recipe: Recipe) -> bool:
+        """May attention "auto" be quantized, with the recipe's options on this machine?"""
+        return self.quantizes_attention
 
     def settled(self, recipe: Recipe) -> Recipe:
         """The recipe with what "auto" means on this machine for this target's options, as the bundle records it."""

@@ -12,9 +12,11 @@ from pathlib import Path
 from export.checkpoint import LAYERS_FILE
 from export.errors import RecipeError, UserError
 from pipeline import machine
+from pipeline.backends import PORTABLE
 from pipeline.build import resolve
 from pipeline.calibrate.state import KEPT, ORIGIN_FILE
 from pipeline.command import Answer, Parser, add_model_flags, parser, run
+from pipeline.compiler import with_attention
 from pipeline.files import lock, refuse_unwritable, remove
 from pipeline.recipe import load_float_model
 from pipeline.signals import leave
@@ -48,10 +50,11 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     _refuse_occupied(folder, args.resume, args.force)
     with _noting_what_is_kept(folder):
         model = load_float_model(recipe)
+        attention = with_attention(recipe, model, (PORTABLE,)).attention  # `export` writes the portable model
         layers = calibrate(model, recipe, folder, args.resume)
         save_kept(model, folder / KEPT)
-    if recipe.attention.formats is not None:
-        logger.info("a checkpoint holds linears alone: export it with --attention %s", recipe.attention.text())
+    if attention.formats is not None:
+        logger.info("a checkpoint holds linears alone: export it with --attention %s", attention.text())
     size_bytes = sum(layer.size_bytes for layer in layers)
     document = {"event": "result", "path": str(folder), "linears": len(layers), "size_bytes": size_bytes}
     answer.document(document, f"{len(layers)} linears, {size_bytes / 1e6:.1f} MB in {folder}")

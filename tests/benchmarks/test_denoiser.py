@@ -15,7 +15,7 @@ from export.errors import RecipeError
 from pipeline.bench.peers import Entry
 from pipeline.bench.runners import Spec
 from pipeline.recipe import load as load_recipe
-from pipeline.recipe import with_settings
+from pipeline.recipe import settled_attention, with_settings
 from tests.support import tiny
 
 RECIPE = load_recipe("pixart_w4a6")
@@ -41,7 +41,7 @@ def test_an_engine_is_a_name_and_settings() -> None:
     assert (ours.recipe.formats.weight, ours.recipe.weights.group_size) == ("INT8", 32)
     rtx = parse_engine("rtx: rtx.sm=[89, 120]", "pixart_w4a6", [])
     assert rtx.settings == ("rtx.sm=[89, 120]",), "a comma inside a value"
-    assert parse_engine("same:", "pixart_w4a6", []).recipe == RECIPE, "nothing beside what users get"
+    assert parse_engine("same:", "pixart_w4a6", []).recipe == settled_attention(RECIPE, ["cpu"]), "what users get"
     for wrong in ("w8a8", "W8: seed=1", ": seed=1", "onnxruntime_int8: seed=1"):
         with pytest.raises(RecipeError, match="is none; give NAME:KEY=VALUE"):
             parse_engine(wrong, "pixart_w4a6", [])
@@ -145,6 +145,7 @@ def test_a_tiny_model_is_prepared_once_and_measured(
         assert case["contestants"]["onnxruntime_fp32"]["sqnr_db"] > 80
         assert case["contestants"]["w8a8"]["sqnr_db"] > case["contestants"]["stock"]["sqnr_db"]
     assert document["cases"][0]["contestants"]["stock"]["drawing_peak_rss_bytes"] > 0
+    assert document["engines"]["stock"]["settings"] == ["cpu.path=stock", "attention.qk=float", "attention.pv=float"]
     assert document["engines"]["stock"]["sqnr_to_reference_db"] > denoiser.LEAST_SQNR_DB
     denoiser.main([*flags[:-5], "--cases", "16x2:3", "--peers", "onnxruntime_int8", "--append"])
     document = json.loads(path.read_text())

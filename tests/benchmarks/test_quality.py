@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import record
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import drawing
 from benchmarks.quality import engines as quality_engines
@@ -148,6 +149,7 @@ def test_every_row_is_a_recipe(model):
         recipe = quality_engines.row_recipe(row)
         methods = (row.name.partition("-")[0], "qdit") if "rtn" in row.name else (row.name.partition("-")[0],)
         assert recipe.model == f"zoo:{model}" and recipe.calibrate.method in methods
+        assert (recipe.attention.formats is None) == ("attention" not in row.name), "whatever the recipe has"
 
 
 def test_rows_are_chosen_by_table_and_name():
@@ -162,6 +164,18 @@ def test_the_default_recipe_has_rows_of_smaller_groups_and_of_its_full_preset():
     fast, full = rows_of("pixart_mini", ["full_default"])
     assert set(full.settings) - set(fast.settings) == {"preset=full"} and not set(fast.settings) - set(full.settings)
     assert TABLES["full_default"].models == ("pixart_mini",)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_measured_row_is_known_by_what_its_recipe_is_today(model):
+    """Else it would be measured again: a default that changes must be pinned in the rows."""
+    results = Results(model, record.RESULTS)
+    document = results.read()
+    measured = [row for row in rows_of(model) if document["rows"].get(row.name, {}).get("status") == MEASURED]
+    assert len(measured) > 80
+    for row in measured:
+        key = row_key(document["subject"], quality_engines.row_recipe(row), row.multipliers)
+        assert results.has(row.name, key), row.name
 
 
 def test_a_method_that_is_not_there_is_told_by_name():

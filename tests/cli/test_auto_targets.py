@@ -48,6 +48,7 @@ SHAPES = {
         ("cpu",),
         "rtx: target rtx has no quantized attention (the recipe's: INT8/E2M3); --set attention.qk=float",
     ),
+    "attention auto": (("attention.qk=auto", "attention.pv=auto"), ALL, ""),
     "a GPU rtx refuses": (("rtx.sm=[90]",), ("cpu", "cuda"), "rtx: target rtx cannot be built for SM 90"),
 }
 

@@ -9,10 +9,11 @@ import pytest
 from export.errors import RecipeError
 from export.models.families import FAMILIES
 from pipeline import recipe as recipes
-from pipeline.backends import base
+from pipeline.backends import BACKENDS, base
 from pipeline.calibrate.plan import group_multipliers
 from pipeline.methods import AUTO_ROWS
-from pipeline.recipe import Recipe, from_dict, load, recipe_names, settled, to_toml, with_settings
+from pipeline.recipe import Recipe, from_dict, load, recipe_names, settled, settled_attention, to_toml, with_settings
+from plugins.cpu import library
 
 BASE = Recipe(name="test", model="zoo:pixart_mini")
 NAMES = [
@@ -249,6 +250,7 @@ def test_later_settings_win_and_the_recipe_itself_stays():
 
 
 QUANTIZED = ["attention.qk=INT8", "attention.pv=E2M3"]
+AUTOMATIC = ["attention.qk=auto", "attention.pv=auto"]
 
 
 def test_formats_of_attention_and_the_way_back_to_float(tmp_path):
@@ -270,6 +272,11 @@ def test_formats_of_attention_and_the_way_back_to_float(tmp_path):
     [
         (QUANTIZED[:1], "attention.qk is INT8 and attention.pv float; give a format for both, or for neither"),
         (QUANTIZED[1:], "attention.qk is float and attention.pv E2M3; give a format for both, or for neither"),
+        (AUTOMATIC[:1], "attention.qk is auto and attention.pv float; give auto for both, or for neither"),
+        (
+            [QUANTIZED[0], AUTOMATIC[1]],
+            "attention.qk is INT8 and attention.pv auto; give auto for both, or for neither",
+        ),
         (["attention.qk=E3M2", QUANTIZED[1]], "attention.qk E3M2: not a signed format .* E2M1, .*, INT6, INT8$"),
         ([QUANTIZED[0], "attention.pv=UE2M2"], "attention.pv UE2M2: not a signed format whose integers are bytes"),
         (["attention.qk=INT9", QUANTIZED[1]], "number format 'INT9' is unknown; use one of E2M1, "),
@@ -281,6 +288,46 @@ def test_formats_that_attention_cannot_have_are_refused(settings, words):
     with pytest.raises(RecipeError, match=words) as refused:
         with_settings(BASE, settings)
     assert f"--set {settings[0]}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "formats"),
+    [(("cpu", "onnx"), "E2M3/E2M3"), (("onnx",), "E2M3/E2M3"), (("cuda", "onnx"), "float"), (("cpu", "rtx"), "float")],
+)
+def test_what_attention_auto_means_is_for_the_targets_to_say(targets, formats, monkeypatch):
+    monkeypatch.setattr(library, "problem", lambda: None)
+    automatic = with_settings(BASE, AUTOMATIC)
+    assert settled_attention(automatic, targets).attention.text() == formats
+    for decided in (BASE, with_settings(BASE, QUANTIZED)):
+        assert settled_attention(decided, targets) is decided
+
+
+def test_attention_auto_is_written_as_it_is_and_has_no_formats_until_it_is_settled(tmp_path):
+    automatic = with_settings(BASE, AUTOMATIC)
+    assert automatic.attention.text() == "auto" and automatic.attention.is_auto and not BASE.attention.is_auto
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(automatic))
+    assert load(str(path)) == automatic
+    with pytest.raises(RecipeError, match="attention is auto, which a build decides by its targets; name formats"):
+        _ = automatic.attention.formats
+    assert with_settings(automatic, ["attention.qk=float", "attention.pv=float"]) == BASE
+    with pytest.raises(RecipeError, match="attention of an autoencoder's decoder stays in float"):
+        from_dict({**automatic.document(), "half": "decoder"}, "file")
+
+
+def test_targets_for_gpus_have_no_quantized_attention():
+    having = [name for name, backend in BACKENDS.items() if backend.quantizes_attention]
+    assert having == ["cpu", "onnx"]
+    quantized, automatic = (with_settings(BASE, settings) for settings in (QUANTIZED, AUTOMATIC))
+    for name in set(BACKENDS) - set(having):
+        assert "has no quantized attention" in str(BACKENDS[name].problems_of_gpus(quantized))
+        assert BACKENDS[name].problems_of_gpus(automatic) == []
+
+
+def test_attention_is_auto_where_its_cost_was_measured():
+    automatic = [name for name in NAMES if load(name).attention.is_auto]
+    assert automatic == ["pixart_sigma_w4a6", "pixart_w4a6"]
+    assert all(load(name).attention.formats is None for name in NAMES if name not in automatic)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def _with_zeros(name: str, root: Path) -> Path:
 def _recipe(name: str, model: LoadedModel, steps: int) -> Recipe:
     side = SIDES.get(name, 0)
     sizes = [f"sampling.height={side}", f"sampling.width={side}"]
-    settings = ["method=rtn", f"sampling.n_steps={steps}", *sizes]
+    settings = ["method=rtn", f"sampling.n_steps={steps}", *sizes, "attention.qk=float", "attention.pv=float"]
     base = (
         recipes.load(RECIPES[name]) if name in RECIPES else recipes.from_dict({"name": "t", "model": model.source}, "t")
     )

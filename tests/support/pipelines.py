@@ -282,12 +282,14 @@ def decibels(reference: NDArray[np.float64], others: NDArray[np.float64]) -> lis
 
 
 def build(name: str, folder: Path, method: str, *flags: str) -> Built:
-    """Write the pipeline `name`, calibrate it by `method` on its own trajectories and build the `cpu` engine of that.
+    """Write the pipeline `name`, calibrate it by `method` on its own trajectories and build the `cpu` engine of that,
+    with attention in float as the true diffusers class computes it.
 
     flags: more of `build` and `calibrate`. Measuring is left out, which takes longer than all the rest.
     """
     root, checkpoint = write(name, folder / "pipeline"), folder / "checkpoint"
-    settings = [f"method={method}", "weights.group_size=32", "calibrate.timesteps=2", "sampling.n_steps=3", *flags]
+    settings = [f"method={method}", "weights.group_size=32", "calibrate.timesteps=2", "sampling.n_steps=3"]
+    settings += ["attention.qk=float", "attention.pv=float", *flags]
     common = ["--engine", ROWS[name].recipe, "-m", str(root / "transformer"), "--calib-size", "2"]
     common += [part for setting in settings for part in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:

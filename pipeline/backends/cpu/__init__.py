@@ -46,6 +46,7 @@ class CpuBackend(Backend[CpuOptions]):
     options_type = CpuOptions
     package = stock_runtime.PACKAGE
     speed_rank = 4
+    quantizes_attention = True
     file_names = frozenset({MODEL, CONDITION, TIMESTEP, DATA, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # INT8 weights
     repeatable = True
@@ -84,6 +85,10 @@ class CpuBackend(Backend[CpuOptions]):
             return problem
         problem = lacking(needs, provided(machine.cpu_flags()))
         return library.problem() if problem is None and library.requirement() in needs else problem
+
+    def quantizes_attention_by_default(self, recipe: Recipe) -> bool:
+        """By the kernel library; its function body in stock ops takes several times as long as attention in float."""
+        return self.options(self.settled(recipe)).path == "fused"
 
     def settled(self, recipe: Recipe) -> Recipe:
         from plugins.cpu import library
