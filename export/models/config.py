@@ -25,6 +25,8 @@ FILE = "config.json"
 RULES = Rules(ModelError, "copy or download it again")
 # Of any number that diffusers' constructors take: widths, vocabularies, lengths.
 MOST = 2**20
+# Numbers by which nothing is made: a wavelength.
+UNBOUNDED = ("rope_theta",)
 # Elements of a table of positions, which is computed in float64: 1 GiB.
 MOST_POSITIONS = 2**27
 
@@ -48,6 +50,11 @@ class Numbers(TypedDict):
     cross_attention_dim: NotRequired[Count | None]
     cross_attention_dim_t5: NotRequired[Count]
     hidden_size: NotRequired[Count]
+    num_hidden_layers: NotRequired[Annotated[int, Ge(1), Le(512)]]
+    num_key_value_heads: NotRequired[Annotated[int, Ge(1), Le(1024)] | None]
+    head_dim: NotRequired[Annotated[int, Ge(2), Le(2048)]]
+    query_pre_attn_scalar: NotRequired[Count]
+    sliding_window: NotRequired[Count | None]
     pooled_projection_dim: NotRequired[Count | None]
     joint_attention_dim: NotRequired[Count | None]
     pos_embed_max_size: NotRequired[Count | None]
@@ -74,7 +81,7 @@ def read_config(path: Path, error: type[UserError] = ModelError) -> dict[str, An
     rules = Rules(error, RULES.remedy)
     document: dict[str, Any] = dict(read_json(path, Numbers, rules))
     for key, value in document.items():
-        if type(value) in (int, float) and abs(value) > MOST:
+        if type(value) in (int, float) and abs(value) > MOST and key not in UNBOUNDED:
             raise error(f"{path}: {key} is {shown(value)}; no number of a model is beyond {MOST}, {rules.remedy}")
     _check_positions(document, path, error)
     return document
@@ -105,6 +112,25 @@ def least_parameters(config: Config) -> int:
 
 
 # --- keys that a class does not read -------------------------------------------------------------------------------
+
+# What constructors of diffusers and transformers raise for values that they were not made for.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def refused(error: Exception, class_name: str, path: Path) -> ModelError:
+    """The error of a class that does not take what `path` says."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ModelError(f"{path}: {class_name} refuses it ({reason}); check the values")
+
 
 # The class whose modes have become the classes of PixArt and DiT. Their published folders, and what newer releases of
 # diffusers write from them, have keys of its other modes; each at its default asks for nothing.

@@ -34,6 +34,8 @@ HARMLESS = (
     (r"(caption_projection|y_embedder)\.y_embedding", OF_TRAINING),
     # BERT's, which the pipelines of diffusers leave alone.
     (r"pooler\.dense\.(weight|bias)", "pools the first token's row, which no pipeline reads"),
+    # Of a language model, which is read as a text encoder.
+    (r"lm_head\.weight", "makes words of hidden states, which no pipeline reads"),
     # An empty tensor whose type tells ComfyUI that the weights have scales; each scale is read by its own name.
     (r"scaled_fp8", "says only that weights have scales"),
     # x / s * s = x without the quantizer of activations, which belongs to the run and not to the model.
@@ -54,7 +56,7 @@ BLOCK = r"(.*?(?:blocks?|layers?)\.)\d+\."
 # Keys that say how many of them there are.
 LAYER_COUNTS = ("num_layers", "num_hidden_layers")
 # Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
-ATTENTION_BIAS = r".*\.(attn\d?|cross_attn)\..*\.bias"
+ATTENTION_BIAS = r".*\.(attn\d?|cross_attn|self_attn)\..*\.bias"
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.
 REFUSED = (
     (

@@ -57,11 +57,12 @@ def randomized(module: Any) -> Any:
     for name, parameter in module.named_parameters():
         part = name.rpartition(".")[2]
         if parameter.ndim == 2:
-            table = "embedding" in name
+            table = "embed" in name
             parameter.normal_(0, 1 if table else 1.5 / parameter.shape[1] ** 0.5)
         else:
             parameter.normal_(0 if part == "bias" else 1, 0.2)
-    return module.half().float()
+        parameter.copy_(parameter.half())  # not what is computed of the configuration, as half() of a module would
+    return module
 
 
 def clip_folder(parent: Path, seed: int = 0, **changes: Any) -> Path:
@@ -90,6 +91,43 @@ def bert_folder(parent: Path, seed: int = 0, **changes: Any) -> Path:
     """Save one as a pipeline has it, in fp16; returns its folder."""
     path = parent / "text_encoder"
     bert(seed, **changes).half().save_pretrained(path)
+    return path
+
+
+# Several heads of queries share one of keys; the window is shorter than prompts.
+CAUSAL: dict[str, Any] = dict(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=96,
+)  # fmt: skip
+GEMMA2 = CAUSAL | dict(head_dim=32, query_pre_attn_scalar=20, sliding_window=8, attn_logit_softcapping=4.0)
+QWEN3 = CAUSAL | dict(head_dim=32)
+
+
+def causal(seed: int = 0, kind: str = "Gemma2Model", **changes: Any) -> Any:
+    """The torch module with random weights that fp16 holds, in float32, its attention in plain operations. kind: Model
+    or ForCausalLM behind Gemma2, Qwen2 or Qwen3."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    of = kind.removesuffix("ForCausalLM").removesuffix("Model")
+    sizes = {"Gemma2": GEMMA2, "Qwen2": CAUSAL, "Qwen3": QWEN3}[of]
+    config = getattr(transformers, f"{of}Config")(**sizes | changes, attn_implementation="eager")
+    module = randomized(getattr(transformers, kind)(config))
+    if of == "Gemma2":  # whose norms multiply by 1 + weight
+        for name, parameter in module.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_((parameter - 1).half())
+    if of == "Qwen2":  # whose queries and keys have no norms: scores of a few, by which attention is not all or nothing
+        for layer in (module.model if kind.endswith("LM") else module).layers:
+            layer.self_attn.q_proj.weight.mul_(0.25)
+    return module
+
+
+def causal_folder(parent: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save one as a pipeline has it, in fp16; returns its folder."""
+    path = parent / "text_encoder"
+    causal(seed, **changes).half().save_pretrained(path)
     return path
 
 
