@@ -38,7 +38,7 @@ WIDTH, LONGEST = 64, 96
 OUTPUTS = FAMILIES["gemma2"].outputs
 
 
-@pytest.fixture(scope="module", params=["Gemma2Model", "Qwen2Model", "Qwen3ForCausalLM"])
+@pytest.fixture(scope="module", params=["Gemma2Model", "Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -1,4 +1,4 @@
-"""Causal language models as text encoders: Gemma 2, Qwen 2 and Qwen 3, in operations that export and that compute in
+"""Causal language models as text encoders: Gemma 2, Qwen 2, 2.5 VL and 3, in operations that export and that compute in
 the module's own type.
 
 Pipelines of diffusers read two of their hidden states: the last one, normalised, and the one before the last layer. The
@@ -9,7 +9,7 @@ of a row, masked or not, as transformers counts them where it is given no places
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,15 @@ from export.models.prompt_length import longest_prompt
 from export.models.text_modules import RootMeanSquareNorm, activation_of, causal_bias, padding_bias
 
 if TYPE_CHECKING:
-    from transformers import Gemma2Model, Qwen2Model, Qwen3Model
+    from transformers import Gemma2Model, Qwen2_5_VLTextModel, Qwen2Model, Qwen3Model
+
+    CausalModel: TypeAlias = Gemma2Model | Qwen2Model | Qwen2_5_VLTextModel | Qwen3Model
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-# What a configuration says of rotary positions without asking for another form of them.
-PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+# What a configuration says of rotary positions without asking for another form of them, beside the two keys that are
+# read of text alone: the wavelength, and which channels turn by which of three positions, which are one then.
+PLAIN_ROPE = {"rope_type": ("default",), "type": ("default", "mrope"), "partial_rotary_factor": (1.0,)}
+READ_ROPE = ("rope_theta", "mrope_section")
 
 
 class OffsetNorm(RootMeanSquareNorm):
@@ -100,7 +104,7 @@ class GroupedAttention(nn.Module):
         return torch.softmax(scores + bias, dim=-1) @ value
 
 
-def exportable(module: Gemma2Model | Qwen2Model | Qwen3Model) -> nn.Module:
+def exportable(module: CausalModel) -> CausalModel:
     """The same module with its norms, attentions and rotary positions replaced, and a plain table of tokens.
 
     Raises ModelError for an activation function, a form of rotary positions or a kind of attention that is not known.
@@ -139,17 +143,15 @@ def activation(config: Any) -> tuple[str, str]:
 def rotary_base(parameters: Mapping[str, Any]) -> float:
     """Wavelength of the slowest pair of channels, by 2 pi. Raises ModelError for rotary positions of another form."""
     for key, value in parameters.items():
-        if key != "rope_theta" and PLAIN_ROPE.get(key) != value:
+        if key not in READ_ROPE and value not in PLAIN_ROPE.get(key, ()):
             raise ModelError(
-                f"rope_parameters asks for {key} {shown(value)}; rotary positions are compiled with rope_type "
-                f"{PLAIN_ROPE['rope_type']} alone"
+                f"rope_parameters asks for {key} {shown(value)}; rotary positions are compiled with rope_type default "
+                "alone"
             )
     return float(parameters["rope_theta"])
 
 
-def encode(
-    module: Gemma2Model | Qwen2Model | Qwen3Model, input_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def encode(module: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """input_ids, attention_mask [B, tokens] int64 -> the last hidden state, normalised, and the one before the last
     layer, as it is; [B, tokens, C] each.
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NotRequired
 from annotated_types import Ge, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
-from export.documents import Rules, read_json, shown
+from export.documents import Rules, read_json, shown, validated
 from export.errors import ModelError, UserError
 from export.models.families import Config
 
@@ -78,13 +78,19 @@ class EngineConfig(TypedDict):
 
 def read_config(path: Path, error: type[UserError] = ModelError) -> dict[str, Any]:
     """A model's config.json, its numbers in their bounds. Raises `error`."""
-    rules = Rules(error, RULES.remedy)
-    document: dict[str, Any] = dict(read_json(path, Numbers, rules))
-    for key, value in document.items():
-        if type(value) in (int, float) and abs(value) > MOST and key not in UNBOUNDED:
-            raise error(f"{path}: {key} is {shown(value)}; no number of a model is beyond {MOST}, {rules.remedy}")
+    document = bounded(read_json(path, dict[str, object], Rules(error, RULES.remedy)), str(path), error)
     _check_positions(document, path, error)
     return document
+
+
+def bounded(document: object, source: str, error: type[UserError] = ModelError) -> dict[str, Any]:
+    """A configuration, or a part of one, whose numbers are in their bounds. Raises `error` naming one that is not."""
+    rules = Rules(error, RULES.remedy)
+    config: dict[str, Any] = dict(validated(document, source, Numbers, rules))
+    for key, value in config.items():
+        if type(value) in (int, float) and abs(value) > MOST and key not in UNBOUNDED:
+            raise error(f"{source}: {key} is {shown(value)}; no number of a model is beyond {MOST}, {rules.remedy}")
+    return config
 
 
 def _check_positions(config: Config, path: Path, error: type[UserError]) -> None:

@@ -109,7 +109,7 @@ class Family:
     held: whether the linear at a path is kept though the family quantizes it, as the recipe of one build may say.
 
     half: of an autoencoder, which is called once for a picture, and of which no layer is quantized; its class has a row
-    for each. absent: attributes of the class's module that the family does without, and with them their tensors.
+    for each. absent: parts of the model that the family does without, and with them their tensors.
     """
 
     name: str
@@ -504,7 +504,11 @@ WITHOUT_HEAD = {
     "Gemma2ForCausalLM": "Gemma2Model",
     "Qwen2ForCausalLM": "Qwen2Model",
     "Qwen3ForCausalLM": "Qwen3Model",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2_5_VLTextModel",
 }
+# Those of them that are what reads text in a model that reads pictures, too. Given text alone, such a model counts
+# positions as one without pictures does: its three positions of a token are one.
+TEXT_PARTS = ("Qwen2_5_VLTextModel",)
 CAUSAL_QUANTIZED = (
     (r"layers\.\d+\.self_attn\.[qkv]_proj", "attn.qkv"),
     (r"layers\.\d+\.self_attn\.o_proj", "attn.out"),
@@ -514,13 +518,13 @@ CAUSAL_QUANTIZED = (
 CAUSAL_KEPT = ((r"embed_tokens", "token embedding: a row is looked up for each token, nothing is multiplied"),)
 
 
-def _causal(name: str, class_name: str, tokens: int) -> Family:
+def _causal(name: str, class_name: str, tokens: int, absent: tuple[str, ...] = ()) -> Family:
     return Family(
         name, class_name, lambda config: True, CAUSAL_QUANTIZED, CAUSAL_KEPT, _text_inputs, _call_causal,
         "token ids and their mask; attention is causal, with rotary positions", tokens,
         library="transformers", steps=False, streamed=IDS, counted=MASK, exportable=_exportable_causal,
         outputs=("last_hidden_state", "penultimate_hidden_state"), longest=longest_prompt,
-        hidden_states={-1: "last_hidden_state", -2: "penultimate_hidden_state"},
+        hidden_states={-1: "last_hidden_state", -2: "penultimate_hidden_state"}, absent=absent,
     )  # fmt: skip
 
 
@@ -584,6 +588,7 @@ FAMILIES: dict[str, Family] = {
         _causal("gemma2", "Gemma2Model", 300),
         _causal("qwen2", "Qwen2Model", 512),
         _causal("qwen3", "Qwen3Model", 512),
+        _causal("qwen2_5_vl", "Qwen2_5_VLTextModel", 512, absent=("visual",)),
         VAE_DECODER,
         VAE_ENCODER,
     )

@@ -32,10 +32,10 @@ from export.models.config import (
     unread_keys,
 )
 from export.models.description import GENERATION_FILE, Description, sample_inputs
-from export.models.families import FAMILIES, WITHOUT_HEAD, Config, Family, Half
+from export.models.families import FAMILIES, TEXT_PARTS, WITHOUT_HEAD, Config, Family, Half
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
-from export.models.transformers_config import completed, config_object
+from export.models.transformers_config import completed, config_object, text_part
 from export.models.weights import (
     ADAPTER_FILES,
     MERGE,
@@ -225,6 +225,8 @@ def _read_config(path: Path, remedy: str) -> Config:
             f"{path}: quantization_config says that the weights are quantized already ({method}); give the float model"
         )
     name = str(config["_class_name"])
+    if name in TEXT_PARTS:
+        config = dict(text_part(config, name, path))
     if name == OLDER_CLASS:
         name = SUCCESSORS.get(config.get("norm_type", ""), name)
     return {**config, "_class_name": name}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from export.documents import shown
 from export.errors import ModelError
-from export.models.config import MOST_SHOWN, REFUSALS, refused
+from export.models.config import MOST_SHOWN, REFUSALS, bounded, refused
 from export.models.families import Config
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ HARMLESS_OF = {
 }
 # Keys that older files have for a class with rope_parameters, which transformers reads into these.
 OLDER_ROPE = ("rope_theta", "rope_scaling")
+# Of a model that reads pictures, too: the table of what reads text, and what prompts of text alone never reach.
+TEXT_PART = "text_config"
+OF_PICTURES = (
+    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+    "vision_token_id",
+)  # fmt: skip
 # Their values are read by nobody, but these would ask for another computation.
 MUST_BE: Config = {
     "is_decoder": False,
@@ -73,6 +79,28 @@ def completed(config: Config, class_name: str, path: Path) -> Config:
             raise ModelError(
                 f"{path}: {key} is {shown(config[key])}; {class_name} is compiled with {shown(value)} alone"
             )
+    _refuse_strange(config, class_name, path, defaults)
+    # As the class reads the whole: what it makes of a key that is not stated may depend on others.
+    stated = config_object(config, class_name, path).to_dict()
+    return {**{key: stated[key] for key in kind.__annotations__ if key in stated}, **config}
+
+
+def text_part(config: Config, class_name: str, path: Path) -> Config:
+    """Of a model that reads pictures, too, the configuration of what reads text, as transformers takes it: text_config,
+    where there is one, else the keys of the whole. class_name: of the part. Raises ModelError for numbers beyond their
+    bounds, and for keys of the whole that are not known."""
+    import transformers
+
+    whole = {key: value for key, value in config.items() if key not in (*OF_PICTURES, TEXT_PART)}
+    if TEXT_PART not in config:
+        return whole
+    _refuse_strange(whole, class_name, path, getattr(transformers, class_name).config_class().to_dict())
+    part = bounded(config[TEXT_PART], f"{path}: {TEXT_PART}")
+    return {**part, **{key: config[key] for key in ("_class_name", "architectures") if key in config}}
+
+
+def _refuse_strange(config: Config, class_name: str, path: Path, defaults: Config) -> None:
+    """Raise ModelError naming the keys that neither the class reads, whose `defaults` are given, nor are harmless."""
     harmless = {**HARMLESS, **HARMLESS_OF.get(class_name, {})}
     read = {*defaults, *MUST_BE, "_class_name", *(OLDER_ROPE if "rope_parameters" in defaults else ())}
     strange = [
@@ -88,9 +116,6 @@ def completed(config: Config, class_name: str, path: Path) -> Config:
         )
     for key in (config.keys() & harmless.keys()) - read:
         logger.debug("%s: %s is not read: %s", path, key, harmless[key])
-    # As the class reads the whole: what it makes of a key that is not stated may depend on others.
-    stated = config_object(config, class_name, path).to_dict()
-    return {**{key: stated[key] for key in kind.__annotations__ if key in stated}, **config}
 
 
 def config_object(config: Config, class_name: str, path: Path) -> PretrainedConfig:

@@ -144,6 +144,7 @@ ENCODERS_ALONE = {
     "Lumina2Pipeline": EncoderAlone("gemma_w4a8", "penultimate_hidden_state"),
     "ZImagePipeline": EncoderAlone("qwen_w4a8", "penultimate_hidden_state"),
     "OvisImagePipeline": EncoderAlone("qwen_w4a8", "last_hidden_state"),
+    "QwenImagePipeline": EncoderAlone("qwen_w4a8", "last_hidden_state"),
 }
 
 

@@ -3,6 +3,7 @@ head, at every length and under every mask."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from export.errors import ModelError
 from export.models import causal_modules
-from export.models.families import FAMILIES, WITHOUT_HEAD
+from export.models.families import FAMILIES, TEXT_PARTS, WITHOUT_HEAD
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from export.models.prompt_length import LONGEST_PROMPT
 from export.models.text_modules import HOLE, causal_bias
@@ -22,7 +23,7 @@ from tests.support.tiny_text import CAUSAL, GEMMA2, causal, causal_folder, chang
 
 pytestmark = pytest.mark.torch
 LONGEST = CAUSAL["max_position_embeddings"]
-HEADLESS = tuple(WITHOUT_HEAD.values())
+HEADLESS = tuple(name for name in WITHOUT_HEAD.values() if name not in TEXT_PARTS)
 LAST, PENULTIMATE = FAMILIES["gemma2"].outputs
 # A row of hidden states is of order 1; the angles of transformers' positions are float32.
 NEAR = 2e-5
@@ -53,7 +54,7 @@ def assert_own(model: LoadedModel, own: Any, inputs: Inputs) -> None:
         np.testing.assert_array_equal(of.last_hidden_state, of.hidden_states[-1])
 
 
-@pytest.mark.parametrize("kind", [*WITHOUT_HEAD.values(), *WITHOUT_HEAD])
+@pytest.mark.parametrize("kind", [*HEADLESS, *(name for name in WITHOUT_HEAD if WITHOUT_HEAD[name] in HEADLESS)])
 def test_it_is_transformers_own(tmp_path: Path, kind: str) -> None:
     model = load(str(causal_folder(tmp_path, kind=kind)))
     assert model.family.class_name == WITHOUT_HEAD.get(kind, kind)
@@ -83,6 +84,74 @@ def test_what_a_configuration_may_ask_for(tmp_path: Path, change: str) -> None:
     kind, changes = CHANGES[change]
     model = load(str(causal_folder(tmp_path, kind=kind, **changes)))
     assert_own(model, causal(kind=kind, **changes), sample_inputs(model, 3, 0, tokens=30))
+
+
+# --- of a model that reads pictures, too ------------------------------------------------------------------------------
+
+PICTURES = "Qwen2_5_VLForConditionalGeneration"
+
+
+def test_the_part_that_reads_text_is_the_whole_on_text(tmp_path: Path) -> None:
+    model, own = load(str(causal_folder(tmp_path, kind=PICTURES))), causal(kind=PICTURES)
+    assert model.family.name == "qwen2_5_vl" and model.config["num_hidden_layers"] == 2
+    assert {why for name, why in model.ignored.items() if "visual." in name} == {
+        "of visual, which the model does without"
+    }
+    for batch, tokens in ((1, 1), (3, LONGEST)):
+        assert_own(model, own, sample_inputs(model, batch, tokens, tokens=tokens))
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model."])
+def test_other_layouts_of_its_files_are_read(tmp_path: Path, prefix: str) -> None:
+    folder = causal_folder(tmp_path, kind=PICTURES)
+    tensors = load_file(folder / "model.safetensors")
+    outer = prefix.removesuffix("language_model.")
+    renamed = {
+        name.replace("model.", prefix, 1) if name.startswith("model.") else f"{outer}{name}": value
+        for name, value in tensors.items()
+    }
+    inputs, model = sample_inputs(load(str(folder)), 2, 0), load(str(folder))
+    save_file({name.replace(f"{outer}lm_head", "lm_head"): value for name, value in renamed.items()},
+              folder / "model.safetensors")  # fmt: skip
+    for name, output in outputs(load(str(folder)), inputs).items():
+        np.testing.assert_array_equal(output, outputs(model, inputs)[name])
+
+
+def test_configurations_of_its_older_files_are_read(tmp_path: Path) -> None:
+    """Without a table of the text's keys, and with both: transformers reads the table alone then."""
+    folder = causal_folder(tmp_path, kind=PICTURES)
+    inputs, text = (
+        sample_inputs(load(str(folder)), 2, 0),
+        json.loads((folder / "config.json").read_text())["text_config"],
+    )
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "rope_theta": 1e6, "rope_parameters": None}
+    change_config(folder, **text | {"model_type": "qwen2_5_vl", "text_config": None} | rope, vision_token_id=151654)
+    assert_own(load(str(folder)), causal(kind=PICTURES), inputs)
+    change_config(folder, text_config=text, rope_theta=1e4)
+    assert_own(load(str(folder)), causal(kind=PICTURES), inputs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts": 8}, "does not know 'num_experts': 8"),
+        ({"text_config": {"num_experts": 8}}, "does not know 'num_experts': 8"),
+        ({"text_config": {"hidden_size": 10**9}}, "text_config: hidden_size is 1000000000"),
+        ({"text_config": 3}, "text_config: the document is 3"),
+        ({"architectures": ["Qwen3VLForConditionalGeneration"]}, "Qwen3VLForConditionalGeneration of transformers is"),
+    ],
+)
+def test_what_is_not_understood_of_it_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    folder = causal_folder(tmp_path, kind=PICTURES)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    if isinstance(changes.get("text_config"), dict):
+        changes = {"text_config": text | changes["text_config"]}
+    change_config(folder, **changes)
+    with pytest.raises(ModelError, match=words):
+        load(str(folder))
+
+
+# --- masks, lengths, files --------------------------------------------------------------------------------------------
 
 
 def test_padding_may_stand_on_either_side(model: LoadedModel) -> None:

@@ -103,24 +103,32 @@ GEMMA2 = CAUSAL | dict(head_dim=32, query_pre_attn_scalar=20, sliding_window=8, 
 QWEN3 = CAUSAL | dict(head_dim=32)
 
 
+# Beside CAUSAL, of a model that reads pictures, too.
+OF_PICTURES = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
+ROPE_OF_THREE = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3])
+
+
 def causal(seed: int = 0, kind: str = "Gemma2Model", **changes: Any) -> Any:
     """The torch module with random weights that fp16 holds, in float32, its attention in plain operations. kind: Model
-    or ForCausalLM behind Gemma2, Qwen2 or Qwen3."""
+    or ForCausalLM behind Gemma2, Qwen2 or Qwen3, or Qwen2_5_VLForConditionalGeneration."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    of = kind.removesuffix("ForCausalLM").removesuffix("Model")
-    sizes = {"Gemma2": GEMMA2, "Qwen2": CAUSAL, "Qwen3": QWEN3}[of]
-    config = getattr(transformers, f"{of}Config")(**sizes | changes, attn_implementation="eager")
+    of = kind.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration").removesuffix("Model")
+    sizes = {"Gemma2": GEMMA2, "Qwen2": CAUSAL, "Qwen2_5_VL": CAUSAL, "Qwen3": QWEN3}[of] | changes
+    if of == "Qwen2_5_VL":
+        text = {"rope_parameters": ROPE_OF_THREE, **sizes}
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=OF_PICTURES)
+    else:
+        config = getattr(transformers, f"{of}Config")(**sizes)
     module = randomized(getattr(transformers, kind)(config))
-    if of == "Gemma2":  # whose norms multiply by 1 + weight
-        for name, parameter in module.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.copy_((parameter - 1).half())
-    if of == "Qwen2":  # whose queries and keys have no norms: scores of a few, by which attention is not all or nothing
-        for layer in (module.model if kind.endswith("LM") else module).layers:
-            layer.self_attn.q_proj.weight.mul_(0.25)
+    module.set_attn_implementation("eager")
+    for name, parameter in module.named_parameters():
+        if of == "Gemma2" and name.endswith("norm.weight"):  # it multiplies by 1 + weight
+            parameter.copy_((parameter - 1).half())
+        elif of.startswith("Qwen2") and name.endswith("q_proj.weight"):
+            parameter.mul_(0.25)  # without norms of queries, so that attention is not all or nothing
     return module
 
 
