@@ -96,7 +96,7 @@ def _write(folder: Path, module: nn.Module, layers: int, planted: bool) -> None:
             if path.endswith(QUERIES):
                 values *= SCORES * 2  # scores are divided by the root of a head's channels
             elif path.endswith(TO_STREAM):
-                _write_to_stream(values, layers, planted)
+                _write_to_stream(values, layers, planted and not gemma)  # whose norms behind have them
             elif path.endswith(INNER):
                 values[outliers(len(values), 2)] *= inner
         elif gemma:  # which multiplies rows of its table by this

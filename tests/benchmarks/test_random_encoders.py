@@ -31,9 +31,10 @@ def test_it_is_loaded_and_its_signals_live(tmp_path: Path, write: Callable[..., 
     assert 0.1 < hidden.std() < 10
     into = {
         "clip": "encoder.layers.1.mlp.fc2", "bert": "encoder.layer.1.output.dense",
-        "gemma2": "layers.1.mlp.down_proj", "qwen3": "layers.1.mlp.down_proj",
+        "gemma2": "layers.1.post_feedforward_layernorm", "qwen3": "layers.1.mlp.down_proj",
     }[model.family.name]  # fmt: skip
-    sizes = model.module.get_submodule(into).weight.square().mean(1).sqrt()
+    weight = model.module.get_submodule(into).weight
+    sizes = 1 + weight if weight.ndim == 1 else weight.square().mean(1).sqrt()
     large = torch.nonzero(sizes > STREAM / 2 * sizes.median()).flatten().tolist()
     assert large == (outliers(WIDTH, 0).tolist() if planted else [])
 
