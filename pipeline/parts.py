@@ -28,6 +28,9 @@ TEXT_ENCODERS = {
     "CLIPTextModel": "clip_w4a8",
     "CLIPTextModelWithProjection": "clip_w4a8",
     "BertModel": "bert_w4a8",
+    **dict.fromkeys(("Gemma2Model", "Gemma2ForCausalLM"), "gemma_w4a8"),
+    **dict.fromkeys(("Qwen2Model", "Qwen2ForCausalLM", "Qwen3Model", "Qwen3ForCausalLM"), "qwen_w4a8"),
+    **dict.fromkeys(("Qwen2_5_VLTextModel", "Qwen2_5_VLForConditionalGeneration"), "qwen_w4a8"),
 }
 # Parts that drawing does without, by class, and why.
 LEFT_OUT = {

@@ -36,6 +36,7 @@ DEFINES_TORCH_MODULES = {
     "export/models/attention_calls.py",
     "export/models/autoencoder_modules.py",
     "export/models/bert_modules.py",
+    "export/models/causal_modules.py",
     "export/models/clip_modules.py",
     "export/models/t5_modules.py",
     "export/models/text_modules.py",

@@ -1,12 +1,12 @@
-"""Which formats T5, CLIP and BERT encoders take: `python -m benchmarks.quality.text_encoder_study`.
+"""Which formats T5, CLIP, BERT, Gemma and Qwen encoders take: `python -m benchmarks.quality.text_encoder_study`.
 
 Encoders of random weights, small ones of the published forms, plain and with the outliers that trained ones have (see
 benchmarks/zoo/make_t5_xxl.py and random_encoders.py), rounded to nearest in pairs of formats: the signal-to-noise ratio
 of the embeddings of random prompts against the float encoder, all tokens together and of the worst token. Activations
 stand beside the recipe's weights, and beside weights of 8 bits, which cost little, so that their own cost shows.
 
-Writes benchmarks/results/text_encoder_study.json (with `--encoder clip` or `bert` another file); minutes on two free
-cores.
+Writes benchmarks/results/text_encoder_study.json (with `--encoder NAME` of another one another file); minutes on two
+free cores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks import record
 from benchmarks.record import Json
 from benchmarks.zoo.make_t5_xxl import config_of, write
-from benchmarks.zoo.random_encoders import write_bert, write_clip
+from benchmarks.zoo.random_encoders import write_bert, write_clip, write_gemma2, write_qwen3
 from export.models.families import IDS, MASK
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from pipeline import recipe as recipes
@@ -33,9 +33,11 @@ from pipeline.distance import sqnr_db
 from pipeline.recipe import Recipe
 
 NAME, T5 = "text_encoder_study", "t5"
-RECIPES = {T5: "t5_w4a8", "clip": "clip_w4a8", "bert": "bert_w4a8"}
+RECIPES = {T5: "t5_w4a8", "clip": "clip_w4a8", "bert": "bert_w4a8", "gemma2": "gemma_w4a8", "qwen3": "qwen_w4a8"}
+WRITERS = {"clip": write_clip, "bert": write_bert, "gemma2": write_gemma2, "qwen3": write_qwen3}
 LAYERS, WIDTH, FF, HEADS, VOCABULARY = 8, 512, 1280, 8, 1000
-PROMPTS, SEED = 16, 0
+# Tokens of a prompt at most, where an encoder's pipelines give it more.
+PROMPTS, TOKENS, SEED = 16, 120, 0
 ACTIVATIONS = ("INT8", "E4M3", "E3M4", "E2M3", "INT6")
 WEIGHTS = ("E2M1", "INT4", "E2M3")  # beside the recipe's activations
 WIDE = "INT8"
@@ -50,7 +52,7 @@ def rows(model: LoadedModel, recipe: Recipe, work_dir: Path) -> Iterator[Json]:
     arms += [(replace(usual, weight=WIDE, activation=name), 64) for name in ACTIVATIONS]
     arms += [(replace(usual, weight=name), 64) for name in WEIGHTS if name != usual.weight]
     arms += [(usual, size) for size in GROUPS if size != 64]
-    inputs = sample_inputs(model, PROMPTS, SEED)
+    inputs = sample_inputs(model, PROMPTS, SEED, tokens=min(model.tokens, TOKENS))
     expected = _counted(ReferenceEngine(denoiser(model)), inputs)
     for place, (formats, size) in enumerate(arms):
         arm = replace(recipe, formats=formats, weights=replace(recipe.weights, group_size=size))
@@ -77,8 +79,7 @@ def write_encoder(name: str, folder: Path, planted: bool) -> None:
     if name == T5:
         write(folder, config_of(LAYERS, WIDTH, FF, HEADS, VOCABULARY), SEED, planted=planted)
     else:
-        writer = {"clip": write_clip, "bert": write_bert}[name]
-        writer(folder, LAYERS, WIDTH, 4 * WIDTH, HEADS, VOCABULARY, planted)
+        WRITERS[name](folder, LAYERS, WIDTH, 4 * WIDTH, HEADS, VOCABULARY, planted)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NotRequired
 from annotated_types import Ge, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
-from export.documents import Rules, read_json, shown
+from export.documents import Rules, read_json, shown, validated
 from export.errors import ModelError, UserError
 from export.models.families import Config
 
@@ -25,6 +25,8 @@ FILE = "config.json"
 RULES = Rules(ModelError, "copy or download it again")
 # Of any number that diffusers' constructors take: widths, vocabularies, lengths.
 MOST = 2**20
+# Numbers by which nothing is made: a wavelength.
+UNBOUNDED = ("rope_theta",)
 # Elements of a table of positions, which is computed in float64: 1 GiB.
 MOST_POSITIONS = 2**27
 
@@ -48,6 +50,11 @@ class Numbers(TypedDict):
     cross_attention_dim: NotRequired[Count | None]
     cross_attention_dim_t5: NotRequired[Count]
     hidden_size: NotRequired[Count]
+    num_hidden_layers: NotRequired[Annotated[int, Ge(1), Le(512)]]
+    num_key_value_heads: NotRequired[Annotated[int, Ge(1), Le(1024)] | None]
+    head_dim: NotRequired[Annotated[int, Ge(2), Le(2048)]]
+    query_pre_attn_scalar: NotRequired[Count]
+    sliding_window: NotRequired[Count | None]
     pooled_projection_dim: NotRequired[Count | None]
     joint_attention_dim: NotRequired[Count | None]
     pos_embed_max_size: NotRequired[Count | None]
@@ -71,13 +78,19 @@ class EngineConfig(TypedDict):
 
 def read_config(path: Path, error: type[UserError] = ModelError) -> dict[str, Any]:
     """A model's config.json, its numbers in their bounds. Raises `error`."""
-    rules = Rules(error, RULES.remedy)
-    document: dict[str, Any] = dict(read_json(path, Numbers, rules))
-    for key, value in document.items():
-        if type(value) in (int, float) and abs(value) > MOST:
-            raise error(f"{path}: {key} is {shown(value)}; no number of a model is beyond {MOST}, {rules.remedy}")
+    document = bounded(read_json(path, dict[str, object], Rules(error, RULES.remedy)), str(path), error)
     _check_positions(document, path, error)
     return document
+
+
+def bounded(document: object, source: str, error: type[UserError] = ModelError) -> dict[str, Any]:
+    """A configuration, or a part of one, whose numbers are in their bounds. Raises `error` naming one that is not."""
+    rules = Rules(error, RULES.remedy)
+    config: dict[str, Any] = dict(validated(document, source, Numbers, rules))
+    for key, value in config.items():
+        if type(value) in (int, float) and abs(value) > MOST and key not in UNBOUNDED:
+            raise error(f"{source}: {key} is {shown(value)}; no number of a model is beyond {MOST}, {rules.remedy}")
+    return config
 
 
 def _check_positions(config: Config, path: Path, error: type[UserError]) -> None:
@@ -105,6 +118,25 @@ def least_parameters(config: Config) -> int:
 
 
 # --- keys that a class does not read -------------------------------------------------------------------------------
+
+# What constructors of diffusers and transformers raise for values that they were not made for.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def refused(error: Exception, class_name: str, path: Path) -> ModelError:
+    """The error of a class that does not take what `path` says."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ModelError(f"{path}: {class_name} refuses it ({reason}); check the values")
+
 
 # The class whose modes have become the classes of PixArt and DiT. Their published folders, and what newer releases of
 # diffusers write from them, have keys of its other modes; each at its default asks for nothing.

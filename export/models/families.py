@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from export.errors import ContractError
 from export.models.clip_end import end_token
+from export.models.prompt_length import longest_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,13 +102,14 @@ class Family:
     output [batch, tokens, C] are of a prompt; those of padding are nobody's. None: all count.
 
     Of a text encoder, exportable: puts parts that export in the places of others, in a module without memory.
-    longest: how many tokens it has positions for, None for any number. end: the id that ends a prompt where an output
-    is its row, None where none is.
+    longest: how many tokens it has positions for, None for any number. hidden_states: which output has which place,
+    from the end, in what transformers calls so; none where no pipeline asks an engine for it. end: the id that ends a
+    prompt where an output is its row, None where none is.
 
     held: whether the linear at a path is kept though the family quantizes it, as the recipe of one build may say.
 
     half: of an autoencoder, which is called once for a picture, and of which no layer is quantized; its class has a row
-    for each. absent: attributes of the class's module that the family does without, and with them their tensors.
+    for each. absent: parts of the model that the family does without, and with them their tensors.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Family:
     counted: str | None = None
     exportable: Callable[[nn.Module], nn.Module] = lambda module: module
     longest: Callable[[Config], int | None] = lambda config: None
+    hidden_states: Mapping[int, str] = field(default_factory=dict)
     end: Callable[[Config], int | None] = lambda config: None
     half: Half | None = None
     held: Callable[[str], bool] = lambda path: False
@@ -484,6 +487,47 @@ BERT = Family(
 )
 
 
+def _call_causal(module: nn.Module, inputs: Tensors) -> tuple[Tensor, ...]:
+    from export.models.causal_modules import encode
+
+    return encode(module, inputs[IDS], inputs[MASK])
+
+
+def _exportable_causal(module: nn.Module) -> nn.Module:
+    from export.models.causal_modules import exportable
+
+    return exportable(module)
+
+
+# Language models, and the class below the head that makes words of hidden states, which alone is compiled.
+WITHOUT_HEAD = {
+    "Gemma2ForCausalLM": "Gemma2Model",
+    "Qwen2ForCausalLM": "Qwen2Model",
+    "Qwen3ForCausalLM": "Qwen3Model",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2_5_VLTextModel",
+}
+# Those of them that are what reads text in a model that reads pictures, too. Given text alone, such a model counts
+# positions as one without pictures does: its three positions of a token are one.
+TEXT_PARTS = ("Qwen2_5_VLTextModel",)
+CAUSAL_QUANTIZED = (
+    (r"layers\.\d+\.self_attn\.[qkv]_proj", "attn.qkv"),
+    (r"layers\.\d+\.self_attn\.o_proj", "attn.out"),
+    (r"layers\.\d+\.mlp\.(gate|up)_proj", "ff.in"),
+    (r"layers\.\d+\.mlp\.down_proj", "ff.out"),
+)
+CAUSAL_KEPT = ((r"embed_tokens", "token embedding: a row is looked up for each token, nothing is multiplied"),)
+
+
+def _causal(name: str, class_name: str, tokens: int, absent: tuple[str, ...] = ()) -> Family:
+    return Family(
+        name, class_name, lambda config: True, CAUSAL_QUANTIZED, CAUSAL_KEPT, _text_inputs, _call_causal,
+        "token ids and their mask; attention is causal, with rotary positions", tokens,
+        library="transformers", steps=False, streamed=IDS, counted=MASK, exportable=_exportable_causal,
+        outputs=("last_hidden_state", "penultimate_hidden_state"), longest=longest_prompt,
+        hidden_states={-1: "last_hidden_state", -2: "penultimate_hidden_state"}, absent=absent,
+    )  # fmt: skip
+
+
 # --- autoencoders --------------------------------------------------------------------------------------------------
 
 LATENTS, PICTURE = "latents", "sample"
@@ -541,6 +585,10 @@ FAMILIES: dict[str, Family] = {
         _clip("clip", "CLIPTextModel"),
         _clip("clip_projection", "CLIPTextModelWithProjection"),
         BERT,
+        _causal("gemma2", "Gemma2Model", 300),
+        _causal("qwen2", "Qwen2Model", 512),
+        _causal("qwen3", "Qwen3Model", 512),
+        _causal("qwen2_5_vl", "Qwen2_5_VLTextModel", 512, absent=("visual",)),
         VAE_DECODER,
         VAE_ENCODER,
     )

@@ -21,12 +21,21 @@ from export.documents import shown
 from export.errors import ModelError
 from export.formats.operands import HALF_ROUNDING
 from export.models.config import FILE as CONFIG
-from export.models.config import OLDER_CLASS, SUCCESSORS, defaults_of, least_parameters, read_config, unread_keys
+from export.models.config import (
+    OLDER_CLASS,
+    REFUSALS,
+    SUCCESSORS,
+    defaults_of,
+    least_parameters,
+    read_config,
+    refused,
+    unread_keys,
+)
 from export.models.description import GENERATION_FILE, Description, sample_inputs
-from export.models.families import FAMILIES, Config, Family, Half
+from export.models.families import FAMILIES, TEXT_PARTS, WITHOUT_HEAD, Config, Family, Half
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
-from export.models.transformers_config import completed
+from export.models.transformers_config import completed, config_object, text_part
 from export.models.weights import (
     ADAPTER_FILES,
     MERGE,
@@ -216,20 +225,23 @@ def _read_config(path: Path, remedy: str) -> Config:
             f"{path}: quantization_config says that the weights are quantized already ({method}); give the float model"
         )
     name = str(config["_class_name"])
+    if name in TEXT_PARTS:
+        config = dict(text_part(config, name, path))
     if name == OLDER_CLASS:
         name = SUCCESSORS.get(config.get("norm_type", ""), name)
     return {**config, "_class_name": name}
 
 
 def _transformers_class(config: Config, path: Path) -> str:
-    """The class that config.json of a transformers model names. Raises ModelError where it names none."""
+    """The class that config.json of a transformers model names, or which it has below a head. Raises ModelError where
+    it names none."""
     names = config.get("architectures")
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
         raise ModelError(
             f"{path}: no _class_name in it, and no one name in architectures; give the folder of a diffusers model or "
             "of a transformers text encoder"
         )
-    return names[0]
+    return WITHOUT_HEAD.get(names[0], names[0])
 
 
 def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) -> None:
@@ -256,7 +268,8 @@ def _family_of(config: Config, path: Path, half: Half | None = None) -> tuple[Fa
     from export.models.generic import generic_family
 
     if "architectures" in config:
-        encoders = ", ".join(row.class_name for row in FAMILIES.values() if row.library == "transformers")
+        rows = [row for row in FAMILIES.values() if row.library == "transformers"]
+        encoders = ", ".join((*(row.class_name for row in rows), *WITHOUT_HEAD))
         raise ModelError(
             f"{path}: {name} of transformers is not a text encoder that is known here, which are {encoders}"
         )
@@ -268,17 +281,6 @@ def _family_of(config: Config, path: Path, half: Half | None = None) -> tuple[Fa
 # --- module and weights --------------------------------------------------------------------------------------------
 
 
-# What constructors of diffusers raise for values that they were not made for.
-REFUSALS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 # Numbers that are read of every configuration, beside what the constructor reads.
 NUMBERS = ("in_channels", "patch_size", "sample_size")
 
@@ -333,8 +335,7 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
         with torch.device("meta"):
             module = cls(**known)
     except REFUSALS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
+        raise refused(error, family.class_name, path) from error
     if files is not None:
         _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
     if family.half is not None:
@@ -348,14 +349,12 @@ def _build_text_encoder(family: Family, config: Config, path: Path, files: Weigh
     import torch
     import transformers
 
-    cls = getattr(transformers, family.class_name)
-    known = {key: value for key, value in config.items() if key != "_class_name"}
+    stated = config_object(config, family.class_name, path)
     try:
         with torch.device("meta"):
-            module = cls(cls.config_class.from_dict(known))
+            module = getattr(transformers, family.class_name)(stated)
     except REFUSALS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{path}: {family.class_name} refuses it ({reason}); check the values") from error
+        raise refused(error, family.class_name, path) from error
     if files is not None:
         _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
     return family.exportable(module)

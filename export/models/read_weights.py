@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -34,6 +35,8 @@ HARMLESS = (
     (r"(caption_projection|y_embedder)\.y_embedding", OF_TRAINING),
     # BERT's, which the pipelines of diffusers leave alone.
     (r"pooler\.dense\.(weight|bias)", "pools the first token's row, which no pipeline reads"),
+    # Of a language model, which is read as a text encoder.
+    (r"lm_head\.weight", "makes words of hidden states, which no pipeline reads"),
     # An empty tensor whose type tells ComfyUI that the weights have scales; each scale is read by its own name.
     (r"scaled_fp8", "says only that weights have scales"),
     # x / s * s = x without the quantizer of activations, which belongs to the run and not to the model.
@@ -41,8 +44,9 @@ HARMLESS = (
 )
 # Another name of a tensor -> its own, in files of transformers' encoders: one of the two stands there, or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-# What older versions of transformers put before every name of a class.
-OLDER_PREFIXES = {"CLIPTextModel": "text_model."}
+# What stands before every name of a class in files of older versions of transformers, or of the model that it is a part
+# of; one after the other.
+OUTER_PREFIXES = {"CLIPTextModel": ("text_model.",), "Qwen2_5_VLTextModel": ("model.", "language_model.")}
 # The places of tokens from 0 on, which older versions of transformers save.
 PLACES = r"(text_model\.)?embeddings\.position_ids"
 # The fixed table of positions: harmless where it holds what the class computes by itself.
@@ -54,7 +58,7 @@ BLOCK = r"(.*?(?:blocks?|layers?)\.)\d+\."
 # Keys that say how many of them there are.
 LAYER_COUNTS = ("num_layers", "num_hidden_layers")
 # Biases of attention; of a model that has them by config.json, such a name is wrong for another reason.
-ATTENTION_BIAS = r".*\.(attn\d?|cross_attn)\..*\.bias"
+ATTENTION_BIAS = r".*\.(attn\d?|cross_attn|self_attn)\..*\.bias"
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.
 REFUSED = (
     (
@@ -137,7 +141,7 @@ def read_weights(
     keys = {row.key for row in stored.values()}
     for name, row in list(named.items()):
         if (part := name.partition(".")[0]) in absent:
-            ignored[row.key] = f"of {part}, the other half of the autoencoder"
+            ignored[row.key] = f"of {part}, which the model does without"
             del named[name]
             continue
         if name not in expected:
@@ -179,10 +183,10 @@ def _unwrapped(files: WeightsFiles) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _in_diffusers_names(stored: Mapping[str, Stored], config: Config) -> dict[str, Stored]:
     class_name = str(config["_class_name"])
-    if prefix := OLDER_PREFIXES.get(class_name):
+    if class_name in OUTER_PREFIXES:
         plain: dict[str, Stored] = {}
         for name, row in stored.items():
-            _add(plain, name.removeprefix(prefix), row)
+            _add(plain, reduce(str.removeprefix, OUTER_PREFIXES[class_name], name), row)
         return plain
     if class_name not in LAYOUTS or not (MARK in stored or class_name in WITHOUT_MARK):
         return dict(stored)

@@ -17,21 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import ModelError
-from export.models.text_modules import activation_of, attended, padding_bias
+from export.models.text_modules import RootMeanSquareNorm, activation_of, attended, padding_bias
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Attention, T5DenseActDense, T5DenseGatedActDense, T5EncoderModel
-
-
-class RootMeanSquareNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in the type of x."""
-
-    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
-        super().__init__()
-        self.weight, self.epsilon = weight, epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
 
 
 class FeedForward(nn.Module):

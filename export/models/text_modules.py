@@ -1,4 +1,4 @@
-"""What the modules of all text encoders share: masks as numbers that are added to scores, and activation functions."""
+"""What the modules of text encoders share: masks as numbers that are added to scores, activation functions, a norm."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-# By transformers' name; gelu_new is the form with tanh.
+# By transformers' name; gelu_new and gelu_pytorch_tanh are the form with tanh.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
     "gelu_new": partial(nn.functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(nn.functional.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
     "relu": nn.functional.relu,
     "silu": nn.functional.silu,
@@ -37,15 +38,30 @@ def activation_of(name: str, key: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+class RootMeanSquareNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in the type of x."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
+
+
 def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """attention_mask [B, tokens] -> [B, 1, 1, tokens]: HOLE where it is 0, for every query."""
     return (1 - attention_mask[:, None, None, :].to(dtype)) * HOLE
 
 
-def causal_bias(tokens: int, like: Tensor) -> Tensor:
-    """[1, 1, tokens, tokens] of the type of `like`: HOLE for keys (last axis) behind the query."""
+def causal_bias(tokens: int, like: Tensor, window: int | None = None) -> Tensor:
+    """[1, 1, tokens, tokens] of the type of `like`: HOLE for keys (last axis) behind the query, and for those that lie
+    `window` tokens or more in front of it."""
     place = torch.arange(tokens, device=like.device)
-    return (place[None, :] > place[:, None]).to(like.dtype)[None, None] * HOLE
+    hidden = place[None, :] > place[:, None]
+    if window is not None:
+        hidden = hidden | (place[None, :] <= place[:, None] - window)
+    return hidden.to(like.dtype)[None, None] * HOLE
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, scale: float | None = None) -> Tensor:

@@ -178,7 +178,8 @@ class Bundle:
         machine.require(("torch", "transformers"), "standing in for a text encoder of transformers", "build")
         from pipeline.generate.text_stand_in import EngineTextEncoder
 
-        return EngineTextEncoder(self.engine(target), self.config())
+        states = FAMILIES[self.manifest["model"]["family"]].hidden_states
+        return EngineTextEncoder(self.engine(target), self.config(), states)
 
 
 def load_bundle(path: str | Path, threads: int | None = None) -> Bundle:

@@ -128,11 +128,38 @@ PIPELINES: dict[str, PipelineClass] = {
 }
 
 
+@dataclass(frozen=True)
+class EncoderAlone:
+    """recipe: of the text encoder. output: which of its outputs the pipeline reads."""
+
+    recipe: str
+    output: str
+
+
+# Pipelines that are not built whole, since nothing draws with their denoisers yet, though their text encoders are.
+ENCODERS_ALONE = {
+    **dict.fromkeys(
+        ("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline"), EncoderAlone("gemma_w4a8", "last_hidden_state")
+    ),
+    "Lumina2Pipeline": EncoderAlone("gemma_w4a8", "penultimate_hidden_state"),
+    "ZImagePipeline": EncoderAlone("qwen_w4a8", "penultimate_hidden_state"),
+    "OvisImagePipeline": EncoderAlone("qwen_w4a8", "last_hidden_state"),
+    "QwenImagePipeline": EncoderAlone("qwen_w4a8", "last_hidden_state"),
+}
+
+
 def find_pipeline_class(name: str, source: str) -> PipelineClass:
     """The row of a class. Raises ModelError for one that is not supported. source: whose class it is, for messages."""
-    if name not in PIPELINES:
-        raise ModelError(f"{source}: pipeline {shown(name)} is not supported; use one of {', '.join(PIPELINES)}")
-    return PIPELINES[name]
+    if name in PIPELINES:
+        return PIPELINES[name]
+    remedy = f"use one of {', '.join(PIPELINES)}"
+    if alone := ENCODERS_ALONE.get(name):
+        raise ModelError(
+            f"{source}: pipeline {shown(name)} is not built whole, as its denoiser is not supported; its text encoder "
+            f"alone is, by --engine {alone.recipe} -m FOLDER/text_encoder, and the pipeline reads its {alone.output}; "
+            f"else {remedy}"
+        )
+    raise ModelError(f"{source}: pipeline {shown(name)} is not supported; {remedy}")
 
 
 # --- classes by name -------------------------------------------------------------------------------------------------

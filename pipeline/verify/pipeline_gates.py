@@ -292,7 +292,9 @@ def diffusers_pipeline(
             family = FAMILIES[denoiser.manifest["model"]["family"]]
             named[name] = EngineTransformer(engines[name], family, config, DrawnSize.of_bundle(denoiser, config))
         elif name in bundle.components:
-            named[name] = EngineTextEncoder(engines[name], bundle.components[name].config())
+            component = bundle.components[name]
+            states = FAMILIES[component.manifest["model"]["family"]].hidden_states
+            named[name] = EngineTextEncoder(engines[name], component.config(), states)
         elif class_name in AUTOENCODERS:
             autoencoder = getattr(diffusers, class_name).from_pretrained(
                 folder.root / name, variant=shared_variant(folder.root), local_files_only=True

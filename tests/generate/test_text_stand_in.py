@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from export.errors import RecipeError
+from export.models.families import FAMILIES
 from pipeline.backends.base import Arrays
 from pipeline.generate.text_stand_in import EngineTextEncoder
 
@@ -18,8 +19,8 @@ class Echo:
 
     def run(self, inputs: Arrays) -> Arrays:
         assert set(inputs) == {"input_ids", "attention_mask"} and all(x.dtype == np.int64 for x in inputs.values())
-        states = np.stack([inputs["input_ids"], inputs["attention_mask"]], axis=-1)
-        return {"last_hidden_state": states.astype(np.float32)}
+        states = np.stack([inputs["input_ids"], inputs["attention_mask"]], axis=-1).astype(np.float32)
+        return {"last_hidden_state": states, "penultimate_hidden_state": -states}
 
     def close(self) -> None:
         """Nothing is held."""
@@ -46,3 +47,18 @@ def test_states_follow_the_type_that_the_pipeline_is_moved_to(encoder: EngineTex
 def test_other_outputs_are_refused_by_name(encoder: EngineTextEncoder) -> None:
     with pytest.raises(RecipeError, match="output_hidden_states=True"):
         encoder(torch.tensor([[1]]), output_hidden_states=True)
+
+
+def test_hidden_states_are_given_by_the_places_that_the_family_knows() -> None:
+    encoder = EngineTextEncoder(Echo(), {}, FAMILIES["gemma2"].hidden_states)
+    output = encoder(torch.tensor([[3]]), attention_mask=torch.tensor([[True]]), output_hidden_states=True)
+    assert output.hidden_states[-1].tolist() == output[0].tolist() == [[[3.0, 1.0]]]
+    assert output.hidden_states[-2].tolist() == [[[-3.0, -1.0]]]
+    assert encoder(torch.tensor([[3]])).hidden_states is None
+    for place in (9, 0, -3):
+        with pytest.raises(RecipeError, match=rf"hidden_states\[{place}\]: the engine gives \[-1\], \[-2\] alone"):
+            output.hidden_states[place]
+    with pytest.raises(RecipeError, match=r"hidden_states\[0\]"):
+        list(output.hidden_states)
+    with pytest.raises(RecipeError, match="output_attentions=True"):
+        encoder(torch.tensor([[3]]), output_attentions=True)
