@@ -10,6 +10,9 @@ attention.pv=INT8'`. Writes benchmarks/results/denoiser_MACHINE.json.
 
 What is expensive to make is kept in DIR for the next run; `--only-prepare` makes it and measures nothing. The result is
 written after each case; with `--append` cases that are in it already, of the same code, stay.
+
+`--profile` says instead where a call of each engine with the kernel library spends its time, beside the floor that the
+machine's measured rates give; it writes benchmarks/results/call_profile_MACHINE.json.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ from pipeline.bench import peers
 from pipeline.bench.contest import Given, contest, figures
 from pipeline.bench.convert import FloatModel, place
 from pipeline.bench.peers import Absences, Entry
+from pipeline.bench.profile import conditions, profile
+from pipeline.bench.profile import summary as profile_summary
 from pipeline.bench.runners import Spec
 from pipeline.bench.worker import save_arrays, save_case
 from pipeline.distance import sqnr_db
@@ -264,6 +269,20 @@ class Bench:
             case = save_case(home / "case.npz", drawn)
         return Given(fed, case, peers.reference(source, fed, home / f"reference_{sizes.batch}.npz", self.threads))
 
+    def profiled(self, sizes: Sizes) -> Json:
+        """Where the time of a call goes, of each engine with the kernel library."""
+        pixels = sizes.pixels(self.model)
+        inputs = sample_inputs(self.model, sizes.batch, sizes.batch, pixels, pixels)
+        engines = {}
+        for ours in self.engines:
+            if CpuBackend().options(ours.recipe).path != "stock":
+                engines[ours.name] = profile(
+                    self.folder / "engines" / str(pixels) / ours.name / TARGET, inputs, self.threads
+                )
+                print(f"{ours.name}, {sizes.tokens} tokens: {conditions(engines[ours.name])}")
+                print(record.markdown(*profile_summary(engines[ours.name])), flush=True)
+        return {"tokens": sizes.tokens, "batch": sizes.batch, "pixels": pixels, "engines": engines}
+
     def measure(self, sizes: Sizes, before: Json | None) -> Json:
         """One case. before: the one of fewer tokens that decides who is fast, None for no such."""
         pixels = sizes.pixels(self.model)
@@ -326,6 +345,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", default=peers.ALL, help="names with commas, or all")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only-prepare", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="where the time of our engines goes")
     parser.add_argument("--append", action="store_true", help="keep other cases of a result by the same code")
     parser.add_argument("-o", "--output-dir", type=Path, default=record.RESULTS, help="folder of the result")
     return parser
@@ -359,7 +379,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only_prepare:
         print(f"prepared in {args.work_dir}")
         return
-    path = args.output_dir / f"denoiser_{record.slug(f'{machine.cpu_name()} {machine.cpu_count()}cpu')}.json"
+    slug = record.slug(f"{machine.cpu_name()} {machine.cpu_count()}cpu")
+    if args.profile:
+        load_average = round(os.getloadavg()[0], 2)
+        document = {"recipe": args.recipe, "load_average": load_average, "code": machine.code_version()}
+        document["cases"] = [bench.profiled(sizes) for sizes in cases]
+        print(record.write(f"call_profile_{slug}", document, args.output_dir))
+        return
+    path = args.output_dir / f"denoiser_{slug}.json"
     first = str(min(sizes.pixels(bench.model) for sizes in cases))
     head: Json = {
         "model": bench.model.config["_class_name"],

@@ -23,6 +23,7 @@ from export.formats.format import FORMATS
 from export.formats.operands import HARDWARE, embeds, exact_multipliers
 from pipeline.__main__ import VERBS
 from pipeline.bench.contest import FIRST_STEP
+from pipeline.bench.profile import ATTENTION, BETWEEN, BYTE_ATTENTION, GEMM, REST
 from pipeline.command import parser
 from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names
@@ -166,7 +167,13 @@ def _column(case: Json) -> tuple[int, int]:
 def _load_average(run: Json) -> str:
     """How quiet the machine was before each case, in words: contestants suffer differently from what runs beside."""
     loads = [case["load_average"] for case in run["cases"]]
-    return f"load average before the cases {min(loads):.1f} to {max(loads):.1f}"
+    return f"load average before the cases {min(loads):.1f} to {max(loads):.1f}, {_stamp(run)}"
+
+
+def _stamp(run: Json) -> str:
+    """What was measured: the commit and the runtimes."""
+    runtimes = [f"{name} {run['versions'][name]}" for name in ("onnxruntime", "openvino") if name in run["versions"]]
+    return ", ".join([f"commit {run['commit']}", *runtimes])
 
 
 def _machine(run: Json) -> str:
@@ -302,6 +309,69 @@ def text_encoder_formats() -> str:
     )  # fmt: skip
 
 
+PARTS_OF_A_CALL = (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)
+RATES = {
+    "byte_products_per_s": "10^9 products/s of bytes",
+    "float_products_per_s": "of float32",
+    "memory_bytes_per_s": "GB/s from memory",
+}
+
+
+def call_floor() -> str:
+    """Where a call of true size spends its time, beside the machine's rates."""
+    header = ["machine", "engine", "tokens", "call, ms", "times the floor", *PARTS_OF_A_CALL, "GEMMs, of the byte rate"]
+    rows, notes = [], []
+    for run in (read(path) for path in sorted(RESULTS.glob("call_profile_*.json"))):
+        first = next(iter(run["cases"][0]["engines"].values()))
+        for case in run["cases"]:
+            for name, found in case["engines"].items():
+                parts = {row["part"]: row for row in found["parts"]}
+                gemm, rate = parts[PARTS_OF_A_CALL[0]], found["byte_products_per_s"]
+                floor = f"{found['call_ms'] / found['floor_ms']:.2f}" if found["floor_ms"] else "-"
+                share = f"{gemm['products'] / gemm['ms'] * 1e3 / rate:.2f}" if rate else "-"
+                shares = [f"{parts[part]['ms']:,.0f} ms" for part in PARTS_OF_A_CALL]
+                cells = [f"{case['tokens']}", f"{found['call_ms']:,.0f} ms", floor, *shares, share]
+                rows.append([f"{first['machine']['cpu']}, {first['machine']['cpus']} CPUs", name, *cells])
+        rates = ", ".join(f"{first[key] / 1e9:.0f} {unit}" for key, unit in RATES.items())
+        notes.append(f"- {_machine(run)}: {rates}; load average before {run['load_average']:.1f}, {_stamp(run)}")
+    return "\n".join([markdown(header, rows), "", *notes])
+
+
+def text_encoder_size() -> str:
+    """What a text encoder of true size takes to be built and to encode a prompt."""
+    runs = [read(path) for path in sorted(RESULTS.glob("text_encoder_*cpu.json"))]
+    header = ["machine", "build, min", "processor, min", "its peak, GB", "on disk, GB", "a prompt, s", "peak, GB"]
+    rows = [
+        [
+            _machine(run),
+            *(f"{run['build'][key] / 60:.1f}" for key in ("wall_s", "cpu_s")),
+            f"{run['build']['peak_resident_bytes'] / 1e9:.1f}",
+            f"{run['size_bytes']['all'] / 1e9:.2f}",
+            f"{run['encode']['call_s']:.1f}",
+            f"{run['encode']['peak_resident_bytes'] / 1e9:.2f}",
+        ]
+        for run in runs
+    ]
+    busy = (f"load average {run['build']['load_average']:.1f} at the build's end" for run in runs)
+    notes = [f"- {_machine(run)}: {load}, {_stamp(run)}" for run, load in zip(runs, busy, strict=True)]
+    return "\n".join([markdown(header, rows), "", *notes])
+
+
+def whole_pipelines() -> str:
+    """Memory and seconds of a picture by a whole pipeline of true size."""
+    runs = [read(path) for path in sorted(RESULTS.glob("whole_pipeline_*.json"))]
+    header = ["machine", "parts", "pixels", "steps", "peak, GB", "picture, s", "of them"]
+    rows, notes = [], []
+    for run in runs:
+        for way, row in run["ways"].items():
+            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["parts_s"].items())
+            size = " x ".join(map(str, row["pixels"]))
+            cells = [f"{row['peak_memory_bytes'] / 1e9:.2f}", f"{row['picture_s']:.1f}", parts]
+            rows.append([_machine(run), way, size, str(run["n_steps"]), *cells])
+        notes.append(f"- {_machine(run)}: {_stamp(run)}")
+    return "\n".join([markdown(header, rows), "", *notes])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "recipes": recipes,
@@ -313,6 +383,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed-equal": speed_equal,
     "gpu-speed": gpu_speed,
     "text-encoder-formats": text_encoder_formats,
+    "call-floor": call_floor,
+    "text-encoder-size": text_encoder_size,
+    "whole-pipelines": whole_pipelines,
     "folders": folders,
 }
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)

@@ -20,15 +20,14 @@
 
 enum { SUMS = 10, TURNS = 4096 }; /* independent sums: latency times instructions at once; between looks at the clock */
 
-/* Seconds. */
 #if defined(_WIN32)
-static double now(void) {
+double seconds_now(void) {
   LARGE_INTEGER ticks, per_second;
   QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&per_second);
   return (double)ticks.QuadPart / (double)per_second.QuadPart;
 }
 #else
-static double now(void) {
+double seconds_now(void) {
   struct timespec time;
   timespec_get(&time, TIME_UTC);
   return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
@@ -37,12 +36,12 @@ static double now(void) {
 
 /* work() until `seconds` have gone; turns of it per second. */
 static double rate(void (*work)(void), double seconds) {
-  double started = now(), gone;
+  double started = seconds_now(), gone;
   int64_t turns = 0;
   do {
     work();
     turns++;
-    gone = now() - started;
+    gone = seconds_now() - started;
   } while (gone < seconds);
   return (double)turns / gone;
 }
@@ -131,12 +130,12 @@ EXPORT double memory_bytes_per_second(double seconds, int64_t bytes) {
   volatile uint64_t read = 0;
   if (!words) return 0;
   for (int64_t i = 0; i < count; i++) words[i] = (uint64_t)i; /* pages that nobody wrote are all one page of zeros */
-  double started = now(), gone;
+  double started = seconds_now(), gone;
   do {
     __asm__ volatile("" : : "r"(words) : "memory"); /* may have changed, so it is read again */
     read = folded(words, count);
     turns++;
-    gone = now() - started;
+    gone = seconds_now() - started;
   } while (gone < seconds);
   (void)read;
   free(words);

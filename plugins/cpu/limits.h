@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+double seconds_now(void); /* of a clock that goes on */
 double byte_products_per_second(double seconds);
 double float_products_per_second(double seconds);
 /* Of reading so many bytes of its own, again and again; 0 where there is no memory for them. */

@@ -26,6 +26,16 @@ class Limits:
     memory_bytes_per_s: float
 
 
+def quantizing_s() -> float:
+    """Seconds that all threads together have quantized rows in PackedGemm so far, in this process.
+
+    Raises EnvironmentLacksError where there is no kernel library.
+    """
+    kernels = ctypes.CDLL(str(library.path_of_library()))
+    kernels.packed_gemm_quantizing_seconds.restype = ctypes.c_double
+    return float(kernels.packed_gemm_quantizing_seconds())
+
+
 def measure(threads: int) -> Limits:
     """The limits of `threads` threads at once. Raises EnvironmentLacksError where there is no kernel library."""
     kernels = ctypes.CDLL(str(library.path_of_library()))

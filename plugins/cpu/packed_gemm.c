@@ -249,7 +249,8 @@ INLINE void fetch_next(const PackedGemm *gemm, const Block *block, int64_t panel
   }
 }
 
-/* What the epilogue of rows first.. of some panels reads and writes; of heads as far as rows are of one sample. */
+/* What the epilogue of rows first.. of some panels reads and writes most of: residual and y, y of heads as far as rows are
+ * of one sample. */
 INLINE Fetch lines_of(const PackedGemm *gemm, int64_t panel, int panels, int64_t first) {
   const Epilogue *it = &gemm->epilogue;
   const EpilogueRow at = epilogue_row(it, first);

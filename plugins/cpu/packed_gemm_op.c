@@ -3,6 +3,7 @@
 #include <stdatomic.h>
 
 #include "epilogue_op.h"
+#include "limits.h"
 #include "ort_op.h"
 #include "packed_gemm.h"
 #include "quantizer_op.h"
@@ -12,8 +13,8 @@
 /* At least so many products, some 10 microseconds, and panels for so few tasks that each reads a stretch of the weights,
  * which many numbers of threads divide. */
 enum { PRODUCTS_PER_TASK = 1 << 20, TASKS_PER_BLOCK = 48 };
-/* Blocks of rows that are there at once where only the quantizer reads them: one is multiplied while the one before it is
- * quantized. */
+/* Blocks of rows that are there at once where only the quantizer reads them: one is multiplied while the one before it
+ * is quantized. */
 enum { SLOTS = 2, FLOATS_PER_CHUNK = 16384 };
 
 enum {
@@ -31,7 +32,7 @@ typedef struct Kernel {
 
 typedef struct Work {
   PackedGemm gemm;
-  TokenChain quantizer; /* of rows y; without codes there is none */
+  TokenChain quantizer; /* of rows y; it makes what somebody reads of it */
   int64_t blocks, panels, panels_per_task, tasks_per_block, rows_per_block;
   int failed;
   /* Where rows are quantized: y [SLOTS blocks of rows, n] where no output holds them, and what is done of each block. */
@@ -117,8 +118,8 @@ static void quantize_chunk(Work *work, int64_t block, int64_t chunk) {
   give_scratch(scratch);
 }
 
-/* All parts in an order in which each needs parts before it alone: a block's products, then half of the next one's, so that
- * nobody waits for the last of the first; then its chunks. */
+/* All parts in an order in which each needs parts before it alone: a block's products, then half of the next one's, so
+ * that nobody waits for the last of the first; then its chunks. */
 typedef struct Part {
   int64_t block, index;
   int quantizes;
@@ -134,6 +135,11 @@ static Part part_of(const Work *work, int64_t place) {
   return (Part){block, index - chunks, 0};
 }
 
+static atomic_llong quantizing_ns; /* of all threads in all calls so far */
+
+/* Onnxruntime's profiler has one time for all that an op does. */
+EXPORT double packed_gemm_quantizing_seconds(void) { return 1e-9 * (double)atomic_load(&quantizing_ns); }
+
 /* Threads take parts in their order, whatever order they are called in: so the one that another waits for is at work. */
 static void run_part(void *data, size_t index) {
   (void)index;
@@ -141,7 +147,9 @@ static void run_part(void *data, size_t index) {
   Part part = part_of(work, (int64_t)atomic_fetch_add(&work->claimed, 1));
   if (part.quantizes) {
     wait_for(&work->multiplied[part.block], work->tasks_per_block);
+    double started = seconds_now();
     quantize_chunk(work, part.block, part.index);
+    atomic_fetch_add(&quantizing_ns, (long long)(1e9 * (seconds_now() - started)));
     atomic_fetch_add(&work->quantized[part.block], 1);
   } else {
     if (work->slots && part.block >= SLOTS) wait_for(&work->quantized[part.block - SLOTS], work->chunks_per_block);

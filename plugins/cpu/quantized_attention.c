@@ -28,7 +28,7 @@ int64_t quantized_attention_rows(const QuantizedAttention *attention) {
 typedef struct Memory {
   float *scores;        /* [rows, score_row] */
   uint8_t *q, *weights; /* [rows, size filled up to octets], a span more, and [rows, keys filled up to spans] */
-  int32_t *sums;        /* [rows that a variant takes at once, panels, 16] */
+  int32_t *sums;        /* [rows, panels, 16], of as many as the variant takes at once */
   float *scale;         /* [rows]: of q, then 1 / sum of the weights */
   float *work;          /* [size filled up to spans] */
   int8_t *decoded;      /* of a block of keys, as a variant may want it */

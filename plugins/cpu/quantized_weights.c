@@ -159,7 +159,7 @@ TARGET_AVX512 static float largest_score_avx512(const float *scores, int64_t n) 
   return unordered ? NAN : _mm512_reduce_max_ps(last);
 }
 
-/* As weight_codes, bit for bit. */
+/* As weight_codes, of sixteen. */
 TARGET_AVX512 INLINE __m512i weight_codes_512(__m512 scores, __m512 largest) {
   __m512 x = _mm512_max_ps(_mm512_sub_ps(scores, largest), _mm512_set1_ps(-EXP_BOUND));
   __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), _mm512_set1_ps(MAGIC));

@@ -1,11 +1,12 @@
-/* A list of blocks that no task uses: never more than tasks have run at once. Large ones, which hold what all tasks of a
- * call read, go back to the system: their page faults are few beside the work on them, and the next layers need room. */
+/* A list of blocks that no task uses: never more than tasks have run at once. Blocks up to two slots of rows of PackedGemm
+ * (packed_gemm_op.c: 12 MiB and a little for 6144 channels) stay, since every layer takes one. Larger ones go back to the
+ * system: their page faults are few beside the work on them, and the next layers need room. */
 #include "scratch.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { HEAD = 64, MOST_KEPT = 12 << 20 };
+enum { HEAD = 64, MOST_KEPT = 13 << 20 };
 
 #if defined(_WIN32) /* its C library has no aligned_alloc */
 #include <malloc.h>

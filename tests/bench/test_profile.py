@@ -71,6 +71,37 @@ def test_products_are_those_of_the_graph(path, tmp_path):
     json.dumps(document)
 
 
+TWO_LINEARS = """
+  a = fpq.QuantizedLinear <layer="a"> (x)
+  y = fpq.QuantizedLinear <layer="b"> (a)
+"""
+
+
+@pytest.mark.kernels
+def test_what_a_gemm_quantizes_of_its_rows_is_counted_between_gemms(tmp_path, monkeypatch):
+    native.need_compiler()
+    layers = [random_linear(name, n=64) for name in "ab"]
+    model = portable(TWO_LINEARS, layers, "float[B,S,64] x", "float[B,S,64] y")
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    recipe = Recipe(name="test", model="none").with_options(CpuOptions("fused"))
+    for folder in ("work", "cpu"):
+        (tmp_path / folder).mkdir()
+    backend = CpuBackend()
+    backend.build(backend.lower(tmp_path / "model.onnx", tmp_path / "work", recipe), tmp_path / "cpu", recipe)
+    inputs = {"x": activations(np.random.default_rng(0), tokens=700, k=64)}
+    before = limits.quantizing_s()
+    together = profile.profile(tmp_path / "cpu", inputs, 2)
+    assert limits.quantizing_s() > before
+    monkeypatch.setattr(limits, "quantizing_s", lambda: 0.0)  # as onnxruntime's profiler has it
+    apart = profile.profile(tmp_path / "cpu", inputs, 2)
+    shares = [
+        next(row["ms"] for row in document["parts"] if row["part"] == profile.BETWEEN) / document["call_ms"]
+        for document in (together, apart)
+    ]
+    assert shares[0] > shares[1] > 0
+    assert together["call_ms"] == pytest.approx(sum(row["ms"] for row in together["parts"]))
+
+
 @pytest.mark.kernels
 def test_rates_are_those_of_the_variant_that_is_used():
     native.need_compiler()

@@ -328,7 +328,7 @@ def test_targets_for_gpus_have_no_quantized_attention():
 
 def test_attention_is_auto_where_its_cost_was_measured():
     automatic = [name for name in NAMES if load(name).attention.is_auto]
-    assert automatic == ["pixart_sigma_w4a6", "pixart_w4a6"]
+    assert automatic == ["pixart_w4a6"]
     assert all(load(name).attention.formats is None for name in NAMES if name not in automatic)
 
 

@@ -220,7 +220,9 @@ def _every_epsilon(edit: GraphEdit) -> None:
 
 
 def _norms(edit: GraphEdit) -> list[onnx.NodeProto]:
-    return [node for node in edit.nodes("LayerNormalization", "TokenChain") if attribute(node, "epsilon", 0.0) > 0]
+    """Those of ONNX, and of native ops that have one."""
+    norms = edit.nodes("LayerNormalization", "TokenChain", "PackedGemm")
+    return [node for node in norms if attribute(node, "epsilon", 0.0) > 0]
 
 
 def _one_epsilon(edit: GraphEdit, place: int, value: float) -> None:

@@ -364,8 +364,8 @@ def _in_two(graph: ir.Graph, turn: ir.Node) -> ir.Node:
 
 
 class QuantizeInGemm(RewritePass):
-    """TokenChain(rows of a PackedGemm) -> outputs of that PackedGemm, which quantizes a block of rows while they are in
-    the cache. Rows that nobody else reads are in no tensor then."""
+    """TokenChain(rows of a PackedGemm) -> outputs of that PackedGemm, which quantizes a block of rows soon after it is
+    made. Rows that nobody else reads are in no tensor then."""
 
     def rewrite(self, model: ir.Model) -> None:
         for node in [node for node in model.graph if _quantizes(node)]:
