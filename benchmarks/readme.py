@@ -309,6 +309,11 @@ def text_encoder_formats() -> str:
     )  # fmt: skip
 
 
+def _with_notes(header: list[str], rows: list[list[str]], notes: list[str], script: str) -> str:
+    """A table and what stands below it; of no rows, the script that makes some."""
+    return "\n".join([markdown(header, rows), "", *notes]) if rows else f"Not measured yet: run `benchmarks.{script}`."
+
+
 PARTS_OF_A_CALL = (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)
 RATES = {
     "byte_products_per_s": "10^9 products/s of bytes",
@@ -334,7 +339,7 @@ def call_floor() -> str:
                 rows.append([f"{first['machine']['cpu']}, {first['machine']['cpus']} CPUs", name, *cells])
         rates = ", ".join(f"{first[key] / 1e9:.0f} {unit}" for key, unit in RATES.items())
         notes.append(f"- {_machine(run)}: {rates}; load average before {run['load_average']:.1f}, {_stamp(run)}")
-    return "\n".join([markdown(header, rows), "", *notes])
+    return _with_notes(header, rows, notes, "denoiser --profile")
 
 
 def text_encoder_size() -> str:
@@ -354,7 +359,7 @@ def text_encoder_size() -> str:
     ]
     busy = (f"load average {run['build']['load_average']:.1f} at the build's end" for run in runs)
     notes = [f"- {_machine(run)}: {load}, {_stamp(run)}" for run, load in zip(runs, busy, strict=True)]
-    return "\n".join([markdown(header, rows), "", *notes])
+    return _with_notes(header, rows, notes, "text_encoder")
 
 
 def whole_pipelines() -> str:
@@ -369,7 +374,7 @@ def whole_pipelines() -> str:
             cells = [f"{row['peak_memory_bytes'] / 1e9:.2f}", f"{row['picture_s']:.1f}", parts]
             rows.append([_machine(run), way, size, str(run["n_steps"]), *cells])
         notes.append(f"- {_machine(run)}: {_stamp(run)}")
-    return "\n".join([markdown(header, rows), "", *notes])
+    return _with_notes(header, rows, notes, "whole_pipeline")
 
 
 PARTS: dict[str, Callable[[], str]] = {

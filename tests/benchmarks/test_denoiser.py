@@ -77,6 +77,7 @@ def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = {"tokens": 4096, "batch": 1, "contestants": second, "failed": {"ov": "ended"}, "load_average": 7.25}
     cases = [quiet | {"left_out": {"ao": "install it"}}, loaded | {"left_out": {}}]
     run: dict[str, Any] = {"machine": {"cpu": "C", "cpus": 2}, "engines": {"fused": {}}, "cases": cases}
+    run |= {"commit": "abc+", "versions": {"numpy": "2.4", "onnxruntime": "1.31"}}
     monkeypatch.setattr(readme, "_denoiser_runs", lambda: [run])
     assert readme.speed_short().splitlines()[2:] == [
         "| C, 2 CPUs | `fused` | 1.50 x `ov` (20 to 15 dB) | 0.90 x `ort` |"
@@ -85,7 +86,7 @@ def test_the_tables_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split(" | ")[1] for line in table[2:6]] == ["fused", "fused_first_step", "ov", "ort"]
     assert table[4] == "| C, 2 CPUs | ov | 150 ms | - | 15.4 | 5 | - | 1.0 |"
     load, absent = (
-        "- C, 2 CPUs: load average before the cases 0.5 to 7.2",
+        "- C, 2 CPUs: load average before the cases 0.5 to 7.2, commit abc+, onnxruntime 1.31",
         "- C, 2 CPUs: ao was not measured: install it",
     )
     assert table[6:] == ["", load, absent], "ov has a row of another case"
