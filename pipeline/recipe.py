@@ -98,7 +98,7 @@ class Attention:
             if getattr(self, name) == UNQUANTIZED:
                 object.__setattr__(self, name, None)
         of_both = f"attention.qk is {self.qk or UNQUANTIZED} and attention.pv {self.pv or UNQUANTIZED}; give"
-        _check((self.qk == AUTO) == (self.pv == AUTO), f"{of_both} {AUTO} for both, or for neither")
+        _check((self.qk == AUTO) == (self.pv == AUTO), f"{of_both} {AUTO} for both, or for neither: set the other, too")
         _check((self.qk is None) == (self.pv is None), f"{of_both} a format for both, or for neither")
         if not self.is_auto:
             _ = self.formats  # refuses formats that attention cannot have

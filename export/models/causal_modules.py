@@ -116,6 +116,7 @@ def exportable(module: CausalModel) -> CausalModel:
         raise ModelError(f"layer_types asks for {', '.join(unknown)}, which is none of {SLIDING}, {FULL}")
     if SLIDING in config.layer_types and config.sliding_window is None:
         raise ModelError(f"layer_types asks for {SLIDING} without a sliding_window; state its tokens")
+    refuse_numbers(config)
     if getattr(config, "use_bidirectional_attention", None):
         raise ModelError("use_bidirectional_attention is true; a causal model alone is compiled, give one")
     for path, part in list(module.named_modules()):
@@ -138,6 +139,22 @@ def activation(config: Any) -> tuple[str, str]:
     """The name of the activation function, and the key that says it."""
     key = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
     return getattr(config, key), key
+
+
+def refuse_numbers(config: Any) -> None:
+    """Raise ModelError for numbers that no attention, norm or rotary position can be computed with."""
+    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cap, norm = getattr(config, "attn_logit_softcapping", None), config.rms_norm_eps
+    rules = (
+        ("channels of a head", channels, channels > 0 and channels % 2 == 0, "an even number above 0"),
+        ("attn_logit_softcapping", cap, cap is None or cap > 0, "above 0, or null"),
+        ("max_position_embeddings", config.max_position_embeddings, config.max_position_embeddings > 0, "above 0"),
+        ("rms_norm_eps", norm, norm >= 0, "0 or above"),
+        ("rope_theta", config.rope_parameters["rope_theta"], config.rope_parameters["rope_theta"] > 0, "above 0"),
+    )
+    for name, value, fits, rule in rules:
+        if not fits:
+            raise ModelError(f"{name} is {shown(value)}, which must be {rule}; correct config.json")
 
 
 def rotary_base(parameters: Mapping[str, Any]) -> float:

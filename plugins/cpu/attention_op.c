@@ -1,4 +1,6 @@
 /* Custom ops Attention and QuantizedAttention: onnxruntime's tensors in, blocks of queries on onnxruntime's threads. */
+#include <stdatomic.h>
+
 #include "attention.h"
 #include "ort_op.h"
 #include "quantized_attention.h"
@@ -15,7 +17,7 @@ typedef struct Work {
   QuantizedAttention attention;
   int64_t blocks, queries; /* of a head; queries of a block */
   char *operands;          /* of each head, where they are quantized */
-  int failed;
+  atomic_int failed; /* by any of its threads */
 } Work;
 
 /* What is wrong with the shapes, NULL if nothing is; sets the sizes of the attention. */

@@ -1,4 +1,6 @@
 /* Custom op HalfGemm: onnxruntime's tensors in, half_gemm_panel on onnxruntime's threads. */
+#include <stdatomic.h>
+
 #include "half_gemm.h"
 #include "ort_op.h"
 #include "scratch.h"
@@ -13,7 +15,7 @@ typedef struct Kernel {
 typedef struct Work {
   HalfGemm gemm;
   int64_t panels;
-  int failed;
+  atomic_int failed; /* by any of its threads */
 } Work;
 
 /* What is wrong with the shapes, NULL if nothing is; sets the sizes of the GEMM. */

@@ -34,7 +34,7 @@ typedef struct Work {
   PackedGemm gemm;
   TokenChain quantizer; /* of rows y; it makes what somebody reads of it */
   int64_t blocks, panels, panels_per_task, tasks_per_block, rows_per_block;
-  int failed;
+  atomic_int failed; /* by any of its threads */
   /* Where rows are quantized: y [SLOTS blocks of rows, n] where no output holds them, and what is done of each block. */
   float *slots;
   int64_t rows_per_chunk, chunks_per_block;

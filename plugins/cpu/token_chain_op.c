@@ -1,5 +1,6 @@
 /* Custom op TokenChain: onnxruntime's tensors in, token_chain_rows on onnxruntime's threads. */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,7 +21,7 @@ typedef struct Kernel {
 typedef struct Work {
   TokenChain chain;
   int64_t rows, rows_per_chunk;
-  int failed;
+  atomic_int failed; /* by any of its threads */
 } Work;
 
 /* The shape of the rows, in[X]: [samples, tokens, heads * size] where x is [samples, heads, tokens, size]. */

@@ -239,12 +239,23 @@ def test_files_of_older_versions_are_read(tmp_path: Path) -> None:
         ("Qwen3Model", {"num_hidden_layers": 1, "layer_types": None}, "layer beyond .*num_hidden_layers of 1"),
         ("Qwen2Model", {"intermediate_size": 256}, "config.json and the weights must belong together"),
         ("Qwen2Model", {"hidden_act": "mish"}, "hidden_act asks for mish"),
+        ("Gemma2Model", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0, which must be above 0"),
+        ("Qwen3Model", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ("Qwen3Model", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ("Qwen3Model", {"rope_theta": 0.0, "rope_parameters": None}, "rope_theta is 0"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(tmp_path: Path, kind: str, changes: dict[str, object], words: str) -> None:
     folder = causal_folder(tmp_path, kind=kind)
     change_config(folder, **changes)
     with pytest.raises(ModelError, match=words):
+        load(str(folder))
+
+
+def test_heads_of_an_odd_number_of_channels_have_no_rotary_positions(tmp_path: Path) -> None:
+    folder = causal_folder(tmp_path, kind="Qwen3Model")
+    change_config(folder, head_dim=15)
+    with pytest.raises(ModelError, match="15.*even|even.*15"):
         load(str(folder))
 
 
