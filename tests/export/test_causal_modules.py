@@ -255,7 +255,7 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, kind: str, changes: d
 def test_heads_of_an_odd_number_of_channels_have_no_rotary_positions(tmp_path: Path) -> None:
     folder = causal_folder(tmp_path, kind="Qwen3Model")
     change_config(folder, head_dim=15)
-    with pytest.raises(ModelError, match="15.*even|even.*15"):
+    with pytest.raises(ModelError, match=r"15.*even|even.*15"):
         load(str(folder))
 
 
