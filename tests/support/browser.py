@@ -100,7 +100,7 @@ def opened(executable: str) -> Iterator[Tab]:
         os.dup2(ins, 3)
         os.dup2(outs, 4)
 
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its last processes may still write
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
         nowhere: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         command = [executable, *flags, "--no-first-run", "about:blank"]
