@@ -265,7 +265,7 @@ def test_a_signal_under_load_loses_nothing(server: Process) -> None:
 
 def test_a_second_signal_ends_it_at_once(server: Process) -> None:
     with contextlib.ExitStack() as connections:
-        for seed in range(8):  # for longer than a busy machine may keep this process from sending the second signal
+        for seed in range(48):  # for longer than a busy machine may keep this process from sending the second signal
             connections.enter_context(server.connect(**LONG, seed=seed))
         server.until("ditc_step_seconds_count", 1)
         server.process.send_signal(signal.SIGTERM)
