@@ -336,7 +336,7 @@ def call_floor() -> str:
                 share = f"{gemm['products'] / gemm['ms'] * 1e3 / rate:.2f}" if rate else "-"
                 shares = [f"{parts[part]['ms']:,.0f} ms" for part in PARTS_OF_A_CALL]
                 cells = [f"{case['tokens']}", f"{found['call_ms']:,.0f} ms", floor, *shares, share]
-                rows.append([f"{first['machine']['cpu']}, {first['machine']['cpus']} CPUs", name, *cells])
+                rows.append([_machine(run), name, *cells])
         rates = ", ".join(f"{first[key] / 1e9:.0f} {unit}" for key, unit in RATES.items())
         notes.append(f"- {_machine(run)}: {rates}; load average before {run['load_average']:.1f}, {_stamp(run)}")
     return _with_notes(header, rows, notes, "denoiser --profile")

@@ -61,7 +61,7 @@ VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uin
   return sum;
 }
 
-/* --- AVX2 and AVX-512 --------------------------------------------------------------------------------------------------------- */
+/* --- AVX2 and AVX-512 --------------------------------------------------------------------------------------------- */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
