@@ -1,10 +1,12 @@
-/* Attention with running maxima and sums: what earlier keys have added is scaled whenever a larger score appears. */
+/* Attention with running maxima and sums: what earlier keys have added is scaled whenever a larger score appears.
+ *
+ * All is turned: queries lie side by side in the lanes of vectors, keys and channels one below the other. So maxima and
+ * sums over keys need no step across lanes, keys and values are read where they lie, and no channel is filled up. */
 #include "attention.h"
 
 #include <math.h>
 #include <string.h>
 
-#include "exponential.h"
 #include "span.h"
 #include "variants.h"
 
@@ -14,47 +16,57 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-/* x or 0, without a branch. */
-INLINE float kept_bits(float x, int32_t keep) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return from_bits(bits & -keep);
-}
+/* Weights are powers of 2: this, log2(e), is in the factor of the queries and in the mask. */
+static const double LOG2_E = 1.4426950408889634;
+/* An exponent of LEAST or less weighs nothing; that of the least weight, LEAST + 1, still makes normal numbers. */
+enum { LEAST = -126 };
+/* 2^(r + 1) for |r| <= 1/2, from the highest power of r down: fitted to the least relative error, 2^-29; with all
+ * roundings it is below 2^-23. */
+static const float POWER_OF_TWO[] = {3.0691625e-4f, 2.6799862e-3f, 1.9236978e-2f, 0.11100657f, 0.48045292f, 1.3862944f, 2.0f};
+enum { VECTORS = 3 }; /* of queries, at most, that a panel has: with as many rows of a tile as there are registers for */
 
 typedef struct Loops {
   int lanes;
-  void (*product)(int, const float *, int64_t, const float *, int64_t, int64_t, float *, int64_t, int64_t, int64_t);
-  float (*weights)(float *, float, float, int64_t);
-  float (*largest)(const float *, float, int64_t);
-  void (*add)(float *, const float *, int64_t);
-  void (*scale)(const float *, float, int64_t, float *);
-  void (*divide)(const float *, float, int64_t, float *);
-  void (*turn)(const float *, int64_t, int64_t, float *);
+  void (*turn)(const float *, int64_t, int64_t, int64_t, float, float *, int64_t);
+  void (*turn_back)(const float *, int64_t, const float *, int64_t, int64_t, float *);
+  void (*scores)(const float *, int64_t, int64_t, const float *, int64_t, float *);
+  void (*weigh)(float *, int64_t, int64_t, float *, float *, float *);
+  void (*add)(const float *, int64_t, int64_t, const float *, const float *, int64_t, float *);
 } Loops;
 
 #define TARGET
 #undef LANES
 #define LANES 4
+#if defined(__aarch64__)
+#define ROWS 8
+#else
+#define ROWS 4
+#endif
 #define NAME(x) plain_##x
 #include "attention_tiles.h"
 #undef NAME
+#undef ROWS
 #undef LANES
 #undef TARGET
 
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
+#define ROWS 4
 #define NAME(x) avx2_##x
 #include "attention_tiles.h"
 #undef NAME
+#undef ROWS
 #undef LANES
 #undef TARGET
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #define LANES 16
+#define ROWS 8
 #define NAME(x) avx512_##x
 #include "attention_tiles.h"
 #undef NAME
+#undef ROWS
 #undef LANES
 #undef TARGET
 #endif
@@ -70,18 +82,19 @@ static const Loops *loops(void) {
   return &plain_loops;
 }
 
-enum { MAX_LANES = 16 };
+enum { WIDEST = VECTORS * MOST_LANES };
 
+/* A panel is up to WIDEST queries, filled up to whole vectors. */
 typedef struct Scratch {
-  float *q, *k, *v, *scores, *sums; /* [QUERIES, size], [size, KEYS], [KEYS, wide], [QUERIES, KEYS], [QUERIES, wide] */
-  float *largest, *total;           /* [QUERIES] */
+  float *q, *sums;               /* panel by panel, [size, width] */
+  float *largest, *total;        /* of each query */
+  float *scores, *mask, *factor; /* of one panel: [KEYS, width] twice, and [width] */
 } Scratch;
 
 static int64_t lay_out(int64_t size, float *memory, Scratch *scratch) {
-  int64_t wide = filled(size, MAX_LANES), used = 0;
-  int64_t sizes[] = {QUERIES * size, size * KEYS, KEYS * wide, QUERIES * KEYS, QUERIES * wide, QUERIES, QUERIES};
+  int64_t sizes[] = {QUERIES * size, QUERIES * size, QUERIES, QUERIES, KEYS * WIDEST, KEYS * WIDEST, WIDEST}, used = 0;
   float *parts[7];
-  for (int i = 0; i < 7; i++) parts[i] = memory ? memory + used : NULL, used += filled(sizes[i], MAX_LANES);
+  for (int i = 0; i < 7; i++) parts[i] = memory ? memory + used : NULL, used += filled(sizes[i], MOST_LANES);
   if (scratch) *scratch = (Scratch){parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
   return used;
 }
@@ -90,73 +103,65 @@ int64_t attention_scratch(const Attention *attention) {
   return lay_out(attention->size, NULL, NULL) * (int64_t)sizeof(float);
 }
 
-/* What a weight becomes whose largest score has grown by -x; 0 where there was none so far, or no number comes of it. */
-static float rescaled(float x) { return x >= -EXP_BOUND ? exponential(x) : 0; }
-
-/* Scores of a query, masked, -> weights; the query's sums are scaled where its largest score has grown. What fills up
- * the last vector weighs nothing. */
-static void weigh(const Loops *use, float *scores, int64_t keys, float *largest, float *total, float *sums, int64_t wide) {
-  int64_t columns = filled(keys, use->lanes);
-  for (int64_t i = keys; i < columns; i++) scores[i] = -INFINITY;
-  float before = *largest, now = use->largest(scores, before, columns);
-  if (now == -INFINITY && scores[0] == -INFINITY) { /* no key so far: the weights of these are 0 */
-    int64_t some = 0;
-    for (int64_t i = 0; i < keys; i++) some += scores[i] != -INFINITY;
-    if (!some) {
-      memset(scores, 0, (size_t)keys * sizeof *scores);
-      return;
-    }
-  }
-  float factor = rescaled(before - now);
-  float sum = use->weights(scores, now, EXP_BOUND, columns);
-  *largest = now;
-  *total = *total * factor + sum;
-  if (factor != 1.0f) use->scale(sums, factor, wide, sums);
+/* Queries of the panel that begins where `left` of a block are left: panels of a block are alike within a vector. */
+static int64_t panel_width(int64_t left, int64_t lanes) {
+  int64_t vectors = (left + lanes - 1) / lanes, panels = (vectors + VECTORS - 1) / VECTORS;
+  return (vectors + panels - 1) / panels * lanes;
 }
 
-static void add_mask(const Loops *use, const Attention *attention, const float *mask, float *scores, int64_t keys) {
-  int64_t step = attention->mask_step[3];
-  if (step == 1) use->add(scores, mask, keys);
-  else
-    for (int64_t i = 0; i < keys; i++) scores[i] += mask[i * step];
+/* Adds to scores [keys, width] of `count` queries their mask, which begins at `mask`. */
+static void add_mask(
+    const Loops *use, const float *mask, const int64_t *step, int64_t keys, int64_t count, int64_t width, float *turned,
+    float *scores) {
+  const float factor = (float)LOG2_E;
+  if (step[2] && step[3] == 1) {
+    use->turn(mask, step[2], count, keys, factor, turned, width);
+    ELEMENTWISE
+    for (int64_t i = 0; i < keys * width; i++) scores[i] += turned[i];
+    return;
+  }
+  for (int64_t key = 0; key < keys; key++, mask += step[3], scores += width) {
+    ELEMENTWISE
+    for (int64_t query = 0; query < count; query++) scores[query] += mask[query * step[2]] * factor;
+  }
 }
 
 void attention_block(
     const Attention *attention, int64_t sample, int64_t head, int64_t first, int64_t count, void *memory) {
   const Loops *use = loops();
-  int64_t size = attention->size, wide = filled(size, use->lanes), part = sample * attention->heads + head;
-  const float *q = attention->q + (part * attention->queries + first) * size, *mask = NULL;
-  const int64_t *step = attention->mask_step;
+  const int64_t size = attention->size, *step = attention->mask_step;
+  const int64_t part = sample * attention->heads + head, row = (part * attention->queries + first) * size;
+  const float factor = (float)(attention->scale * LOG2_E), *mask = attention->mask;
   Scratch scratch;
   lay_out(size, memory, &scratch);
-  use->scale(q, attention->scale, count * size, scratch.q);
-  memset(scratch.sums, 0, (size_t)(count * wide) * sizeof(float));
-  /* Of no keys 0 / 1, as the standard ops that this stands for give it: their last product is a sum of nothing. */
-  for (int64_t row = 0; row < count; row++) scratch.largest[row] = -INFINITY, scratch.total[row] = attention->keys == 0;
+  if (mask) mask += sample * step[0] + head * step[1] + first * step[2];
+  for (int64_t at = 0, width; at < count; at += width) {
+    width = panel_width(count - at, use->lanes);
+    int64_t queries = count - at < width ? count - at : width;
+    use->turn(attention->q + row + at * size, size, queries, size, factor, scratch.q + at * size, width);
+    memset(scratch.sums + at * size, 0, (size_t)(size * width) * sizeof(float));
+    for (int64_t i = at; i < at + width; i++) scratch.largest[i] = -INFINITY, scratch.total[i] = 0;
+  }
   for (int64_t key = 0; key < attention->keys; key += KEYS) {
-    int64_t keys = attention->keys - key < KEYS ? attention->keys - key : KEYS, columns = filled(keys, use->lanes);
+    int64_t keys = attention->keys - key < KEYS ? attention->keys - key : KEYS;
     const float *k = attention->k + (part * attention->keys + key) * size;
     const float *v = attention->v + (part * attention->keys + key) * size;
-    use->turn(k, keys, size, scratch.k);
-    for (int64_t i = 0; columns > keys && i < size; i++)
-      memset(scratch.k + i * KEYS + keys, 0, (size_t)(columns - keys) * sizeof(float));
-    for (int64_t i = 0; i < keys; i++) {
-      memcpy(scratch.v + i * wide, v + i * size, (size_t)size * sizeof(float));
-      memset(scratch.v + i * wide + size, 0, (size_t)(wide - size) * sizeof(float));
+    for (int64_t at = 0, width; at < count; at += width) {
+      width = panel_width(count - at, use->lanes);
+      int64_t queries = count - at < width ? count - at : width;
+      use->scores(k, keys, size, scratch.q + at * size, width, scratch.scores);
+      if (mask)
+        add_mask(use, mask + at * step[2] + key * step[3], step, keys, queries, width, scratch.mask, scratch.scores);
+      use->weigh(scratch.scores, keys, width, scratch.largest + at, scratch.total + at, scratch.factor);
+      use->add(v, keys, size, scratch.scores, scratch.factor, width, scratch.sums + at * size);
     }
-    use->product(0, scratch.q, size, scratch.k, KEYS, size, scratch.scores, KEYS, count, columns);
-    for (int64_t row = 0; row < count; row++) {
-      float *scores = scratch.scores + row * KEYS;
-      if (attention->mask) {
-        mask = attention->mask + sample * step[0] + head * step[1] + (first + row) * step[2] + key * step[3];
-        add_mask(use, attention, mask, scores, keys);
-      }
-      weigh(use, scores, keys, scratch.largest + row, scratch.total + row, scratch.sums + row * wide, wide);
-    }
-    use->product(1, scratch.scores, KEYS, scratch.v, wide, keys, scratch.sums, wide, count, wide);
   }
-  for (int64_t row = 0; row < count; row++) {
-    float *out = attention->out + (part * attention->queries + first + row) * size;
-    use->divide(scratch.sums + row * wide, scratch.total[row], size, out);
+  /* Of no keys 0 / 1, as the standard ops that this stands for give it: their last product is a sum of nothing. */
+  for (int64_t i = 0; i < count && !attention->keys; i++) scratch.total[i] = 1;
+  for (int64_t at = 0, width; at < count; at += width) {
+    width = panel_width(count - at, use->lanes);
+    int64_t queries = count - at < width ? count - at : width;
+    use->turn_back(
+        scratch.sums + at * size, width, scratch.total + at, queries, size, attention->out + row + at * size);
   }
 }

@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-enum { QUERIES_AT_ONCE = 12 }; /* that whole tiles of every instruction set but AMX make up */
-/* Of a block: its scores, keys and values stay in the second-level cache. */
-enum { QUERIES = 22 * QUERIES_AT_ONCE, KEYS = 128 };
+/* Of a block of attention_block: its queries and sums, and some keys and values, stay in the second-level cache. */
+enum { QUERIES = 288, KEYS = 128 };
+enum { MOST_LANES = 16 }; /* of the widest vectors; a divisor of QUERIES */
 
 /* n filled up to a multiple of `to`. */
 static inline int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

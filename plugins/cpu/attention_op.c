@@ -59,13 +59,13 @@ static Status *begin(const Kernel *kernel, KernelContext *context, Work *work) {
 
 static Status *out_of_memory(const Api *api) { return CALL(api, create_status)(FAIL, "attention: out of memory"); }
 
-/* Runs `task` for every block of at most `rows` queries of every head. */
+/* Runs `task` for every block of at most `rows` queries of every head, of a multiple of `at_once` but for the last. */
 static Status *run_blocks(
-    const Api *api, KernelContext *context, void (*task)(void *, size_t), int64_t rows, Work *work) {
+    const Api *api, KernelContext *context, void (*task)(void *, size_t), int64_t rows, int64_t at_once, Work *work) {
   const Attention *attention = &work->attention.tensors;
   int64_t queries = attention->queries;
   work->blocks = (queries + rows - 1) / rows;
-  work->queries = filled((queries + work->blocks - 1) / work->blocks, QUERIES_AT_ONCE);
+  work->queries = filled((queries + work->blocks - 1) / work->blocks, at_once);
   size_t heads = (size_t)(attention->samples * attention->heads);
   TRY(CALL(api, parallel_for)(context, task, heads * (size_t)work->blocks, 0, work));
   return work->failed ? out_of_memory(api) : NULL;
@@ -103,7 +103,8 @@ static Status *compute(void *data, KernelContext *context) {
   const Kernel *kernel = data;
   Work work;
   TRY(begin(kernel, context, &work));
-  return work.attention.tensors.out ? run_blocks(kernel->api, context, run_block, QUERIES, &work) : NULL;
+  if (!work.attention.tensors.out) return NULL;
+  return run_blocks(kernel->api, context, run_block, QUERIES, MOST_LANES, &work);
 }
 
 /* --- of codes ------------------------------------------------------------------------------------------------------ */
@@ -147,7 +148,7 @@ static Status *compute_quantized(void *data, KernelContext *context) {
   Status *status = CALL(api, parallel_for)(context, prepare_head, (size_t)heads, 0, &work);
   if (!status && work.failed) status = out_of_memory(api);
   int64_t rows = quantized_attention_rows(&work.attention);
-  if (!status) status = run_blocks(api, context, run_quantized_block, rows, &work);
+  if (!status) status = run_blocks(api, context, run_quantized_block, rows, QUERIES_AT_ONCE, &work);
   give_scratch(work.operands);
   return status;
 }

@@ -1,124 +1,209 @@
-/* The loops of attention.c for one instruction set: TARGET its attribute, LANES the floats of its vectors, NAME(x) the
- * names of what stands here. Products are contracted with their sums where the processor does that. */
+/* The loops of attention.c for one instruction set: TARGET its attribute, LANES the floats of its vectors, ROWS of a tile
+ * of VECTORS vectors as its registers hold, NAME(x) the names of what stands here. Products are contracted with their
+ * sums where the processor does that. */
 
 typedef float NAME(Vector) __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t NAME(Integers) __attribute__((vector_size(4 * LANES), aligned(4)));
 
-#if LANES == 16 /* 32 registers */
-#define MOST_VECTORS 5
-#else
-#define MOST_VECTORS 3
-#endif
+/* --- products ------------------------------------------------------------------------------------------------------ */
 
-/* out[rows, columns] (= or +=) a[rows, depth] b[depth, columns], `vectors` (1 to MOST_VECTORS) vectors of columns. Rows of a, b
- * and out are a_row, b_row and out_row floats apart. */
+/* out[rows, width] (times `factor` [width], unless that is NULL: what was there counts nothing) + a[rows, depth]
+ * b[depth, width], `vectors` of the columns. An element of a is row * a_row + i * a_step floats from its first. */
 TARGET INLINE void NAME(tile)(
-    const int rows, const int vectors, int add, const float *a, int64_t a_row, const float *b, int64_t b_row,
-    int64_t depth, float *out, int64_t out_row) {
-  NAME(Vector) sum[6][MOST_VECTORS];
-#pragma GCC unroll 6
+    const int rows, const int vectors, const float *a, const int64_t a_row, const int64_t a_step, const float *b,
+    int64_t depth, const float *factor, int64_t width, float *out) {
+  NAME(Vector) sum[ROWS][VECTORS];
+#pragma GCC unroll 8
   for (int row = 0; row < rows; row++)
-#pragma GCC unroll 5
+#pragma GCC unroll 3
     for (int part = 0; part < vectors; part++) {
-      NAME(Vector) *at = (NAME(Vector) *)(out + row * out_row + part * LANES);
-      sum[row][part] = add ? *at : (NAME(Vector)){0};
+      if (factor) {
+        const NAME(Vector) before = *(const NAME(Vector) *)(out + row * width + part * LANES);
+        sum[row][part] = before * *(const NAME(Vector) *)(factor + part * LANES);
+      } else sum[row][part] = (NAME(Vector)){0};
     }
-  for (int64_t i = 0; i < depth; i++, b += b_row) {
-    NAME(Vector) column[MOST_VECTORS];
-#pragma GCC unroll 5
+  for (int64_t i = 0; i < depth; i++, a += a_step, b += width) {
+    NAME(Vector) column[VECTORS];
+#pragma GCC unroll 3
     for (int part = 0; part < vectors; part++) column[part] = *(const NAME(Vector) *)(b + part * LANES);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int row = 0; row < rows; row++) {
-      float x = a[row * a_row + i];
-#pragma GCC unroll 5
+      const float x = a[row * a_row];
+#pragma GCC unroll 3
       for (int part = 0; part < vectors; part++) sum[row][part] += x * column[part];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int row = 0; row < rows; row++)
-#pragma GCC unroll 5
+#pragma GCC unroll 3
     for (int part = 0; part < vectors; part++)
-      *(NAME(Vector) *)(out + row * out_row + part * LANES) = sum[row][part];
+      *(NAME(Vector) *)(out + row * width + part * LANES) = sum[row][part];
 }
 
-/* The same for any number of rows, and columns that are a multiple of LANES: tiles of as many sums as there are
- * registers for. */
-TARGET static void NAME(product)(
-    int add, const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float *out, int64_t out_row,
-    int64_t rows, int64_t columns) {
-#define TILE(rows, vectors) NAME(tile)(rows, vectors, add, a_at, a_row, b + column, b_row, depth, out_at, out_row)
-  int64_t vectors = columns / LANES, wide = vectors % 2 && vectors % 3 == 0 ? 3 : 2;
-  if (vectors % MOST_VECTORS == 0) wide = MOST_VECTORS;
-  int64_t tall = wide > 2 ? 4 : 6;
-  for (int64_t column = 0; column < columns; column += wide * LANES) {
-    int64_t here = (columns - column) / LANES < wide ? 1 : wide, count = 0;
-    for (int64_t row = 0; row < rows; row += count) {
-      const float *a_at = a + row * a_row;
-      float *out_at = out + row * out_row + column;
-      count = rows - row >= tall ? tall : 1;
-      if (here > 3) count == 1 ? TILE(1, MOST_VECTORS) : TILE(4, MOST_VECTORS);
-      else if (count == 1) here == 3 ? TILE(1, 3) : here == 2 ? TILE(1, 2) : TILE(1, 1);
-      else here == 3 ? TILE(4, 3) : here == 2 ? TILE(6, 2) : TILE(6, 1);
+/* The same for a panel of `vectors` vectors and any number of rows. */
+TARGET INLINE void NAME(product)(
+    const int vectors, const float *a, int64_t rows, const int64_t a_row, const int64_t a_step, const float *b,
+    int64_t depth, const float *factor, float *out) {
+  const int64_t width = vectors * LANES;
+  int64_t row = 0;
+  for (; row + ROWS <= rows; row += ROWS)
+    NAME(tile)(ROWS, vectors, a + row * a_row, a_row, a_step, b, depth, factor, width, out + row * width);
+  for (; row < rows; row++)
+    NAME(tile)(1, vectors, a + row * a_row, a_row, a_step, b, depth, factor, width, out + row * width);
+}
+
+#define OF_EACH_WIDTH(...)                                                                                             \
+  switch (width / LANES) {                                                                                             \
+    case 1: NAME(product)(1, __VA_ARGS__); break;                                                                      \
+    case 2: NAME(product)(2, __VA_ARGS__); break;                                                                      \
+    default: NAME(product)(VECTORS, __VA_ARGS__);                                                                      \
+  }
+
+/* scores [keys, width] = k [keys, size] q [size, width] */
+TARGET static void NAME(scores)(
+    const float *k, int64_t keys, int64_t size, const float *q, int64_t width, float *scores) {
+  OF_EACH_WIDTH(k, keys, size, 1, q, size, NULL, scores)
+}
+
+/* sums [size, width] = sums factor + v [keys, size]' weights [keys, width] */
+TARGET static void NAME(add)(
+    const float *v, int64_t keys, int64_t size, const float *weights, const float *factor, int64_t width, float *sums) {
+  OF_EACH_WIDTH(v, size, 1, size, weights, keys, factor, sums)
+}
+#undef OF_EACH_WIDTH
+
+/* --- weights ------------------------------------------------------------------------------------------------------- */
+
+/* The second where one is NaN. */
+TARGET INLINE NAME(Vector) NAME(larger)(NAME(Vector) x, NAME(Vector) y) {
+  float lanes[LANES];
+  const float *of_x = (const float *)&x, *of_y = (const float *)&y;
+  FEW_ELEMENTS
+  for (int i = 0; i < LANES; i++) lanes[i] = larger(of_x[i], of_y[i]);
+  return *(const NAME(Vector) *)lanes;
+}
+
+/* 2^x for x <= 0, 0 for x below LEAST + 1/2. NaN stays: it meets the last product. */
+TARGET INLINE NAME(Vector) NAME(power)(NAME(Vector) x) {
+  /* Adding it rounds to an integer, ties to even, and leaves that less LEAST in the lowest bits. */
+  const float magic = 12582912.0f - LEAST;
+  const NAME(Vector) least = (NAME(Vector)){0} + (float)LEAST;
+  x = NAME(larger)(least, x);
+  const NAME(Vector) shifted = x + magic, r = x - (shifted - magic);
+  NAME(Vector) p = (NAME(Vector)){0} + POWER_OF_TWO[0];
+#pragma GCC unroll 6
+  for (int i = 1; i < 7; i++) p = p * r + POWER_OF_TWO[i];
+  return p * (NAME(Vector))((NAME(Integers))shifted << 23); /* 2^(x - 1); 0 of LEAST */
+}
+
+/* Scores [keys, width] -> weights; what a query's sums are to be multiplied with because its largest score has grown. A
+ * query without any key so far has the weights 0 and the factor 0. */
+TARGET static void NAME(weigh)(
+    float *scores, int64_t keys, int64_t width, float *largest, float *total, float *factor) {
+  for (int64_t at = 0; at < width; at += LANES) {
+    const NAME(Vector) before = *(const NAME(Vector) *)(largest + at);
+    NAME(Vector) sum = {0}, now = before, other = before; /* two, that do not wait for each other */
+    for (int64_t i = at; i < keys * width; i += 2 * width) {
+      const int64_t next = i + width < keys * width ? i + width : i;
+      now = NAME(larger)(*(const NAME(Vector) *)(scores + i), now);
+      other = NAME(larger)(*(const NAME(Vector) *)(scores + next), other);
+    }
+    now = NAME(larger)(other, now);
+    *(NAME(Vector) *)(largest + at) = now;
+    now = (NAME(Vector))((NAME(Integers))now & (now > -INFINITY));
+    for (int64_t i = at; i < keys * width; i += width) {
+      NAME(Vector) *score = (NAME(Vector) *)(scores + i);
+      *score = NAME(power)(*score - now);
+      sum += *score;
+    }
+    const NAME(Vector) kept = NAME(power)(before - now);
+    *(NAME(Vector) *)(factor + at) = kept;
+    *(NAME(Vector) *)(total + at) = *(const NAME(Vector) *)(total + at) * kept + sum;
+  }
+}
+
+/* --- rows into lanes and back -------------------------------------------------------------------------------------- */
+
+#if LANES == 16
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SECOND_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define FIRST_HALVES 0, 4, 1, 5
+#define SECOND_HALVES 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+#define INTERLEAVED(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define INTERLEAVED(x, y, ...) __builtin_shuffle(x, y, (NAME(Integers)){__VA_ARGS__})
+#endif
+
+/* LANES vectors of LANES lanes, transposed: each step takes the highest bit of a row's number to the lowest of a lane's,
+ * and the highest of the lane's to the lowest of the row's. */
+TARGET INLINE void NAME(transpose)(NAME(Vector) *x) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+    NAME(Vector) y[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      y[2 * i] = INTERLEAVED(x[i], x[i + LANES / 2], FIRST_HALVES);
+      y[2 * i + 1] = INTERLEAVED(x[i], x[i + LANES / 2], SECOND_HALVES);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = y[i];
+  }
+}
+#undef INTERLEAVED
+#undef SECOND_HALVES
+#undef FIRST_HALVES
+
+/* The first of LANES channels: of the last ones, such that they end with the last. */
+#define AT_MOST(i, last) ((i) < (last) ? (i) : (last))
+
+/* to[columns, width] = from[rows, columns]' times factor, rows `apart` floats from each other; lanes beyond the rows get
+ * those of the last row. */
+TARGET static void NAME(turn)(
+    const float *from, int64_t apart, int64_t rows, int64_t columns, float factor, float *to, int64_t width) {
+  for (int64_t row = 0; row < width; row += LANES) {
+    if (columns < LANES)
+      for (int64_t i = row; i < row + LANES; i++)
+        for (int64_t j = 0; j < columns; j++) to[j * width + i] = from[AT_MOST(i, rows - 1) * apart + j] * factor;
+    for (int64_t i = 0; columns >= LANES && i < columns; i += LANES) {
+      const int64_t column = AT_MOST(i, columns - LANES);
+      NAME(Vector) x[LANES];
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; j++)
+        x[j] = *(const NAME(Vector) *)(from + AT_MOST(row + j, rows - 1) * apart + column) * factor;
+      NAME(transpose)(x);
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; j++) *(NAME(Vector) *)(to + (column + j) * width + row) = x[j];
     }
   }
-#undef TILE
 }
-#undef MOST_VECTORS
 
-/* Whole vectors of scores -> exp(scores - largest), 0 where that is below exp(-bound); returns the sum. */
-TARGET static float NAME(weights)(float *scores, float largest, float bound, int64_t n) {
-  float lanes[LANES] = {0};
-  for (int64_t i = 0; i < n; i += LANES) {
-    float weights[LANES];
-    FEW_ELEMENTS
-    for (int j = 0; j < LANES; j++) {
-      float x = scores[i + j] - largest, kept = -bound > x ? -bound : x;
-      /* NaN stays, by the difference: exp, which adds to bits, makes numbers of many. */
-      weights[j] = kept_bits(exponential(kept), !(x < -bound)) + (kept - kept);
+/* to[rows, columns] = (from[columns, width] / by[width])', the first `rows` lanes of it: a factor for all of a query. */
+TARGET static void NAME(turn_back)(
+    const float *from, int64_t width, const float *by, int64_t rows, int64_t columns, float *to) {
+  for (int64_t row = 0; row < rows; row += LANES) {
+    const NAME(Vector) factor = 1.0f / *(const NAME(Vector) *)(by + row);
+    if (columns < LANES)
+      for (int64_t i = row; i < AT_MOST(row + LANES, rows); i++)
+        for (int64_t j = 0; j < columns; j++) to[i * columns + j] = from[j * width + i] * (1.0f / by[i]);
+    for (int64_t i = 0; columns >= LANES && i < columns; i += LANES) {
+      const int64_t column = AT_MOST(i, columns - LANES);
+      NAME(Vector) x[LANES];
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; j++) x[j] = *(const NAME(Vector) *)(from + (column + j) * width + row) * factor;
+      NAME(transpose)(x);
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; j++)
+        if (row + j < rows) *(NAME(Vector) *)(to + (row + j) * columns + column) = x[j];
     }
-    FEW_ELEMENTS
-    for (int j = 0; j < LANES; j++) lanes[j] += weights[j], scores[i + j] = weights[j];
   }
-  return sum_of_lanes(lanes, LANES);
 }
+#undef AT_MOST
 
-/* Of whole vectors; NaN is none. */
-TARGET static float NAME(largest)(const float *x, float start, int64_t n) {
-  enum { AT_ONCE = 4 * LANES }; /* so many that their maxima do not wait for each other */
-  float lanes[AT_ONCE];
-  int64_t i = 0;
-  for (int j = 0; j < AT_ONCE; j++) lanes[j] = start;
-  for (; i + AT_ONCE <= n; i += AT_ONCE) {
-    FEW_ELEMENTS
-    for (int j = 0; j < AT_ONCE; j++) lanes[j] = larger(x[i + j], lanes[j]);
-  }
-  for (; i < n; i += LANES) {
-    FEW_ELEMENTS
-    for (int j = 0; j < LANES; j++) lanes[j] = larger(x[i + j], lanes[j]);
-  }
-  return largest_of_lanes(lanes, AT_ONCE);
-}
-
-TARGET static void NAME(add_to)(float *x, const float *y, int64_t n) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) x[i] += y[i];
-}
-
-TARGET static void NAME(scale_to)(const float *x, float factor, int64_t n, float *out) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor;
-}
-
-TARGET static void NAME(divide_to)(const float *x, float by, int64_t n, float *out) {
-  ELEMENTWISE
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] / by;
-}
-
-/* b[n, m] = a[m, n]', rows of a `row` floats apart, those of b KEYS. */
-TARGET static void NAME(turn)(const float *a, int64_t m, int64_t n, float *b) {
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j < m; j++) b[i * KEYS + j] = a[j * n + i];
-}
-
-static const Loops NAME(loops) = {
-    LANES,        NAME(product),  NAME(weights),   NAME(largest),
-    NAME(add_to), NAME(scale_to), NAME(divide_to), NAME(turn)};
+static const Loops NAME(loops) = {LANES,       NAME(turn),  NAME(turn_back),
+                                  NAME(scores), NAME(weigh), NAME(add)};

@@ -19,6 +19,7 @@ typedef struct QuantizedAttention {
 } QuantizedAttention;
 
 enum { WEIGHT_STEPS = 255 };
+enum { QUERIES_AT_ONCE = 12 }; /* that whole tiles of every instruction set but AMX make up */
 /* As export/dialect/reference.py has it: sums of weights, 255 * MOST_KEYS < 2^24, are exact in float32, and those of
  * their products with bytes in 32 bits. */
 enum { MOST_KEYS = 65793 };

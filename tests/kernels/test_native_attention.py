@@ -14,8 +14,10 @@ FLOAT = ir.TensorType(ir.DataType.FLOAT)
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 3, 7, 5, 72),
-    (1, 2, 252, 128, 64),
-    (2, 1, 253, 129, 40),
+    (1, 2, 288, 128, 64),
+    (2, 1, 289, 129, 40),
+    (1, 1, 49, 131, 15),
+    (1, 1, 35, 17, 130),
     (1, 2, 300, 520, 72),
     (1, 1, 6, 16, 33),
 ]
@@ -34,7 +36,8 @@ def attend(q, k, v, mask=None, scale=0.125):
 def reference(q, k, v, mask=None, scale=0.125):
     """(softmax(scale q k' + mask) v in float64, bound of the float32 error).
 
-    With u = 2^-24: scores are sums of `size` products of a scaled q, so they are off by (size + 2) u scale |q| |k|,
+    With u = 2^-24: scores are sums of `size` products of a scaled q (two roundings: scale log2 e has one of its own),
+    so they are off by (size + 2) u scale |q| |k|,
     the largest of their row being taken off adds 2 u of its magnitude; a weight is off by as much, relatively, and by
     2^-22 of exp. The mean of v, weighted by these, is off by twice that (numerator and denominator) and by the
     roundings of a sum over the keys, which is done block by block: (keys + 2) u, each relative to the mean of |v|.
@@ -80,6 +83,15 @@ def test_masks_of_every_form(axes, hidden):
     else:
         mask[...] = 0.5
     mask = mask.astype(np.float32)
+    expected, bound = reference(q, k, v, mask)
+    assert (np.abs(attend(q, k, v, mask) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("axes", [(2,), (2, 3)], ids=str)
+def test_a_mask_by_query_over_several_panels_of_queries_and_blocks_of_keys(axes):
+    q, k, v = tensors((1, 2, 301, 290, 24))
+    rng = np.random.default_rng(2)
+    mask = rng.standard_normal([(1, 1, 301, 290)[axis] if axis in axes else 1 for axis in range(4)]).astype(np.float32)
     expected, bound = reference(q, k, v, mask)
     assert (np.abs(attend(q, k, v, mask) - expected) <= bound).all()
 
