@@ -27,7 +27,8 @@ enum { VECTORS = 3 }; /* of queries, at most, that a panel has: with as many row
 
 typedef struct Loops {
   int lanes;
-  void (*turn)(const float *, int64_t, int64_t, int64_t, float, float *, int64_t);
+  void (*turn)(const float *, int64_t, int64_t, int64_t, float *, int64_t);
+  void (*scale)(float *, float, int64_t);
   void (*turn_back)(const float *, int64_t, const float *, int64_t, int64_t, float *);
   void (*scores)(const float *, int64_t, int64_t, const float *, int64_t, float *);
   void (*weigh)(float *, int64_t, int64_t, float *, float *, float *);
@@ -115,9 +116,9 @@ static void add_mask(
     float *scores) {
   const float factor = (float)LOG2_E;
   if (step[2] && step[3] == 1) {
-    use->turn(mask, step[2], count, keys, factor, turned, width);
+    use->turn(mask, step[2], count, keys, turned, width);
     ELEMENTWISE
-    for (int64_t i = 0; i < keys * width; i++) scores[i] += turned[i];
+    for (int64_t i = 0; i < keys * width; i++) scores[i] += turned[i] * factor;
     return;
   }
   for (int64_t key = 0; key < keys; key++, mask += step[3], scores += width) {
@@ -138,7 +139,8 @@ void attention_block(
   for (int64_t at = 0, width; at < count; at += width) {
     width = panel_width(count - at, use->lanes);
     int64_t queries = count - at < width ? count - at : width;
-    use->turn(attention->q + row + at * size, size, queries, size, factor, scratch.q + at * size, width);
+    use->turn(attention->q + row + at * size, size, queries, size, scratch.q + at * size, width);
+    use->scale(scratch.q + at * size, factor, size * width);
     memset(scratch.sums + at * size, 0, (size_t)(size * width) * sizeof(float));
     for (int64_t i = at; i < at + width; i++) scratch.largest[i] = -INFINITY, scratch.total[i] = 0;
   }
@@ -157,7 +159,8 @@ void attention_block(
     }
   }
   /* Of no keys 0 / 1, as the standard ops that this stands for give it: their last product is a sum of nothing. */
-  for (int64_t i = 0; i < count && !attention->keys; i++) scratch.total[i] = 1;
+  for (int64_t i = 0; i < filled(count, use->lanes); i++)
+    scratch.total[i] = attention->keys ? 1.0f / scratch.total[i] : 1.0f;
   for (int64_t at = 0, width; at < count; at += width) {
     width = panel_width(count - at, use->lanes);
     int64_t queries = count - at < width ? count - at : width;

@@ -19,7 +19,7 @@ enum { SCORES_BYTES = 400 << 10, MOST_ROWS = 22 * QUERIES_AT_ONCE, STAGGER = 16,
 /* Floats from one row of scores to the next: no power of two, of which few rows would share a set of the cache. */
 static int64_t score_row(int64_t keys) { return filled(keys, PANEL) + STAGGER; }
 
-int64_t quantized_attention_rows(const QuantizedAttention *attention) {
+static int64_t rows_of_block(const QuantizedAttention *attention) {
   int64_t rows = SCORES_BYTES / (score_row(attention->tensors.keys) * (int64_t)sizeof(float));
   rows = rows / QUERIES_AT_ONCE * QUERIES_AT_ONCE;
   return rows < QUERIES_AT_ONCE ? QUERIES_AT_ONCE : rows > MOST_ROWS ? MOST_ROWS : rows;
@@ -37,7 +37,7 @@ typedef struct Memory {
 } Memory;
 
 static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory *parts) {
-  int64_t rows = quantized_attention_rows(attention), keys = attention->tensors.keys, used = 0;
+  int64_t rows = rows_of_block(attention), keys = attention->tensors.keys, used = 0;
   int64_t sizes[] = {
       rows * score_row(keys) * 4, rows * filled(attention->tensors.size, OCTET) + SPAN, rows * filled(keys, SPAN),
       rows * MOST_PANELS * PANEL * 4, rows * 4, filled(attention->tensors.size, SPAN) * 4,
@@ -48,7 +48,7 @@ static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory
   return used;
 }
 
-int64_t quantized_attention_scratch(const QuantizedAttention *attention) { return lay_out(attention, NULL, NULL); }
+static int64_t scratch_of_block(const QuantizedAttention *attention) { return lay_out(attention, NULL, NULL); }
 
 /* Sums of a panel of keys, `apart` from row to row, -> scores. zero: of the codes of q, which the sums hold too much of
  * the keys for. */
@@ -124,7 +124,7 @@ static void multiply(
   }
 }
 
-void quantized_attention_block(
+static void block_by_rows(
     const QuantizedAttention *attention, int64_t part, const HeadOperands *operands, int64_t first, int64_t count,
     void *scratch) {
   const Attention *tensors = &attention->tensors;
@@ -183,4 +183,29 @@ void quantized_attention_block(
             size - at, out + row * size + at, size);
     }
   }
+}
+
+/* --- which block --------------------------------------------------------------------------------------------------- */
+
+typedef struct Blocks {
+  int64_t (*rows)(const QuantizedAttention *);
+  int64_t (*scratch)(const QuantizedAttention *);
+  void (*block)(const QuantizedAttention *, int64_t, const HeadOperands *, int64_t, int64_t, void *);
+} Blocks;
+
+static Blocks blocks(void) {
+#if defined(__x86_64__)
+  if (packed_gemm_chosen() == &PACKED_GEMM_AVX512_VNNI)
+    return (Blocks){quantized_attention_vnni_rows, quantized_attention_vnni_scratch, quantized_attention_vnni_block};
+#endif
+  return (Blocks){rows_of_block, scratch_of_block, block_by_rows};
+}
+
+int64_t quantized_attention_rows(const QuantizedAttention *attention) { return blocks().rows(attention); }
+int64_t quantized_attention_scratch(const QuantizedAttention *attention) { return blocks().scratch(attention); }
+
+void quantized_attention_block(
+    const QuantizedAttention *attention, int64_t part, const HeadOperands *operands, int64_t first, int64_t count,
+    void *scratch) {
+  blocks().block(attention, part, operands, first, count, scratch);
 }

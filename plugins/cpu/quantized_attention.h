@@ -54,11 +54,20 @@ void quantized_attention_queries(
 void quantized_attention_weigh(
     float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale);
 
-/* Queries of a block, so that their scores stay in the second-level cache; a multiple of QUERIES_AT_ONCE. */
+/* Queries of a block, and bytes of scratch for one, both as packed_gemm_chosen() has them: so that scores stay in the
+ * second-level cache; a multiple of QUERIES_AT_ONCE. */
 int64_t quantized_attention_rows(const QuantizedAttention *);
 int64_t quantized_attention_scratch(const QuantizedAttention *);
 /* Queries first..first + count - 1 of head `part`. */
 void quantized_attention_block(
     const QuantizedAttention *, int64_t part, const HeadOperands *, int64_t first, int64_t count, void *scratch);
+
+#if defined(__x86_64__)
+/* The same where packed_gemm_chosen() is PACKED_GEMM_AVX512_VNNI. */
+int64_t quantized_attention_vnni_rows(const QuantizedAttention *);
+int64_t quantized_attention_vnni_scratch(const QuantizedAttention *);
+void quantized_attention_vnni_block(
+    const QuantizedAttention *, int64_t part, const HeadOperands *, int64_t first, int64_t count, void *scratch);
+#endif
 
 #endif

@@ -5,6 +5,7 @@
 #include "exponential.h"
 #include "packed_gemm.h"
 #include "quantized_attention.h"
+#include "quantized_weights.h"
 #include "span.h"
 #include "variants.h"
 
@@ -64,8 +65,6 @@ VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uin
 /* --- AVX2 and AVX-512 --------------------------------------------------------------------------------------------- */
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define TARGET_AVX2 __attribute__((target("avx2,fma")))
 
 TARGET_AVX2 static float largest_score_avx2(const float *scores, int64_t n) {
@@ -88,14 +87,8 @@ TARGET_AVX2 static float largest_score_avx2(const float *scores, int64_t n) {
   return any ? NAN : last;
 }
 
-/* The polynomial of both: of r from the highest power down. */
-static const float WEIGHT_POLYNOMIAL[] = {2.115893f, 10.688486f, 42.50232f, 127.49718f, 254.99992f, 255.00002f};
-
-/* round(255 * exp(x)) for x <= 0, and 0 for x below -87: x = n ln 2 + r, a polynomial of degree 5 in r fitted to 255 exp(r)
- * with the least relative error, 2^-23.3, times 2^n by adding to the exponent. One constant is enough for ln 2: its error
- * is multiplied by at most 10 where the weight is not 0, and the product is fused. With all roundings exp is off by less
- * than 2 units in its last place. */
-TARGET_AVX2 INLINE __m256i weight_codes(__m256 scores, __m256 largest) {
+/* As weight_codes_avx512, of eight. */
+TARGET_AVX2 INLINE __m256i weight_codes_avx2(__m256 scores, __m256 largest) {
   __m256 x = _mm256_max_ps(_mm256_sub_ps(scores, largest), _mm256_set1_ps(-EXP_BOUND));
   __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), _mm256_set1_ps(MAGIC));
   __m256 n = _mm256_sub_ps(shifted, _mm256_set1_ps(MAGIC));
@@ -116,14 +109,14 @@ TARGET_AVX2 static int32_t weights_of_avx2(
   for (; i + 32 <= n; i += 32) {
     __m256i codes[4];
 #pragma GCC unroll 4
-    for (int part = 0; part < 4; part++) codes[part] = weight_codes(_mm256_loadu_ps(scores + i + 8 * part), most);
+    for (int part = 0; part < 4; part++) codes[part] = weight_codes_avx2(_mm256_loadu_ps(scores + i + 8 * part), most);
     __m256i low = _mm256_packs_epi32(codes[0], codes[1]), high = _mm256_packs_epi32(codes[2], codes[3]);
     __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), in_order);
     _mm256_storeu_si256((__m256i *)(weights + i), bytes);
     sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
   }
   for (; i < n; i += 8) {
-    __m256i codes = weight_codes(_mm256_loadu_ps(scores + i), most);
+    __m256i codes = weight_codes_avx2(_mm256_loadu_ps(scores + i), most);
     __m256i words = _mm256_packs_epi32(codes, codes), both = _mm256_packus_epi16(words, words);
     __m128i octet = _mm_unpacklo_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
     _mm_storel_epi64((__m128i *)(weights + i), octet);
@@ -133,8 +126,6 @@ TARGET_AVX2 static int32_t weights_of_avx2(
   _mm256_storeu_si256((__m256i *)parts, sums);
   return (int32_t)(parts[0] + parts[1] + parts[2] + parts[3]);
 }
-
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 
 TARGET_AVX512 static float largest_score_avx512(const float *scores, int64_t n) {
   __m512 largest[4];
@@ -159,18 +150,6 @@ TARGET_AVX512 static float largest_score_avx512(const float *scores, int64_t n) 
   return unordered ? NAN : _mm512_reduce_max_ps(last);
 }
 
-/* As weight_codes, of sixteen. */
-TARGET_AVX512 INLINE __m512i weight_codes_512(__m512 scores, __m512 largest) {
-  __m512 x = _mm512_max_ps(_mm512_sub_ps(scores, largest), _mm512_set1_ps(-EXP_BOUND));
-  __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), _mm512_set1_ps(MAGIC));
-  __m512 n = _mm512_sub_ps(shifted, _mm512_set1_ps(MAGIC));
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147181f), x), p = _mm512_set1_ps(WEIGHT_POLYNOMIAL[0]);
-#pragma GCC unroll 5
-  for (int power = 1; power < 6; power++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(WEIGHT_POLYNOMIAL[power]));
-  __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-  return _mm512_cvtps_epi32(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power)));
-}
-
 TARGET_AVX512 static int32_t weights_of_avx512(
     const float *scores, float largest, float bound, uint8_t *weights, int64_t n) {
   (void)bound;
@@ -181,7 +160,7 @@ TARGET_AVX512 static int32_t weights_of_avx512(
   for (; i + 64 <= n; i += 64) {
     __m512i codes[4];
 #pragma GCC unroll 4
-    for (int part = 0; part < 4; part++) codes[part] = weight_codes_512(_mm512_loadu_ps(scores + i + 16 * part), most);
+    for (int part = 0; part < 4; part++) codes[part] = weight_codes_avx512(_mm512_loadu_ps(scores + i + 16 * part), most);
     __m512i low = _mm512_packs_epi32(codes[0], codes[1]), high = _mm512_packs_epi32(codes[2], codes[3]);
     __m512i bytes = _mm512_permutexvar_epi32(in_order, _mm512_packus_epi16(low, high));
     _mm512_storeu_si512(weights + i, bytes);
@@ -189,7 +168,7 @@ TARGET_AVX512 static int32_t weights_of_avx512(
   }
   int32_t sum = (int32_t)_mm512_reduce_add_epi64(sums);
   for (; i < n; i += 16) {
-    __m512i codes = weight_codes_512(_mm512_loadu_ps(scores + i), most);
+    __m512i codes = weight_codes_avx512(_mm512_loadu_ps(scores + i), most);
     _mm_storeu_si128((__m128i *)(weights + i), _mm512_cvtepi32_epi8(codes));
     sum += _mm512_reduce_add_epi32(codes);
   }

@@ -39,8 +39,21 @@ pytestmark = pytest.mark.kernels
 
 KERNELS = tuple(library.FOLDER / name for name in library.KERNELS)
 # Sources whose instructions other ones are made of, and what stands in for them.
-EMULATED = ("packed_gemm.c", "packed_gemm_vnni.c", "attention.c", "half_gemm.c", "quantized_weights.c")
-EMULATIONS = ("emulated_x86.c", "emulated_attention.c", "emulated_half_gemm.c", "emulated_weights.c")
+EMULATED = (
+    "packed_gemm.c",
+    "packed_gemm_vnni.c",
+    "attention.c",
+    "half_gemm.c",
+    "quantized_attention_vnni.c",
+    "quantized_weights.c",
+)
+EMULATIONS = (
+    "emulated_x86.c",
+    "emulated_attention.c",
+    "emulated_half_gemm.c",
+    "emulated_quantized_attention.c",
+    "emulated_weights.c",
+)
 STRICT = sanitized.FLAGS
 EPSILON = 1e-6  # of a norm
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
@@ -54,7 +67,7 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 def driver(name: str, compiler: str, flags: tuple[str, ...], sources: tuple[Path, ...]) -> str:
     path = Path(_FOLDER.name) / name
     files = [str(source) for source in (SUPPORT / "kernel_driver.c", *sources)]
-    common = ("-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{library.FOLDER}")
+    common = ("-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{library.FOLDER}", f"-I{SUPPORT}")
     subprocess.run([compiler, *common, *flags, *files, "-lm", "-o", str(path)], check=True, timeout=120)
     return str(path)
 

@@ -12,7 +12,7 @@ from pipeline.backends.cpu.finish_with_chain import UseQuantizedAttention
 from pipeline.backends.cpu.token_chain import VERSION
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, check_attention
 from plugins.cpu import library
-from tests.kernels.test_native_packed_gemm import variant  # noqa: F401
+from tests.kernels.test_native_packed_gemm import VARIANTS, kernels, variant  # noqa: F401
 from tests.support import native
 from tests.support.attentions import FORMATS, operands
 
@@ -60,6 +60,28 @@ def test_it_is_the_op_of_the_dialect_on_every_variant(shape, formats, variant): 
 @pytest.mark.parametrize("mask", ["penalty", "infinite", "partial"])
 def test_masks(mask):
     assert off(operands(2, 2, 50, 130, 24, mask), AttentionFormats("E2M3", "INT8")) <= 1
+
+
+# Panels of one to three vectors of queries, the last one not full; keys that end within each part of a panel; channels
+# below and beyond a vector.
+@pytest.mark.parametrize("shape", [(1, 2, 113, 702, 40), (2, 1, 300, 61, 72), (1, 1, 17, 9, 130), (1, 3, 49, 532, 7)])
+@pytest.mark.parametrize("axes", [(), (3,), (2,), (2, 3), (0, 1, 2, 3)], ids=str)
+def test_every_instruction_set_gives_the_same_bits(shape, axes):
+    tensors, rng = operands(*shape), np.random.default_rng(7)
+    sizes = [shape[axis] if axis in axes else 1 for axis in range(4)]
+    mask = np.where(rng.random(sizes) < 0.2, -np.inf, rng.standard_normal(sizes)).astype(np.float32)
+    tensors = tensors._replace(mask=mask)
+    tensors.q[0, 0, 3, 2], tensors.q[-1, -1, -1, 0] = np.inf, np.nan
+    force, results = kernels().packed_gemm_force, []
+    try:
+        for name in VARIANTS:
+            if force(name.encode()):
+                results.append(attend(tensors, AttentionFormats("E2M3", "INT8")))
+    finally:
+        force(None)
+    assert results
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
 
 
 @pytest.mark.parametrize("pv", ["INT8", "E2M3", "INT6"])

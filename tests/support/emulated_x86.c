@@ -12,82 +12,11 @@
 
 #include "packed_gemm_variant.h"
 
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi" /* 64 bytes are returned, by functions of this file alone */
-#endif
-#define EMULATED static inline __attribute__((always_inline, target("avx2")))
+#include "emulated_avx512.h"
 
 /* --- AVX-VNNI ----------------------------------------------------------------------------------------------------- */
 
-/* sum + four products of unsigned a with signed b in each lane. */
-EMULATED __m256i dot_of_quads(__m256i sum, __m256i a, __m256i b) {
-  const __m256i even = _mm256_set1_epi16(255), ones = _mm256_set1_epi16(1);
-  __m256i low = _mm256_mullo_epi16(_mm256_and_si256(a, even), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
-  __m256i high = _mm256_mullo_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, ones));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(high, ones));
-}
 #define _mm256_dpbusd_avx_epi32 dot_of_quads
-
-/* --- AVX-512: two halves of 32 bytes ------------------------------------------------------------------------------ */
-
-typedef struct Wide {
-  __m256i half[2];
-} Wide;
-#define __m512i Wide
-
-#define HALVES(name, parameters, of_half)                                                                              \
-  EMULATED Wide emulated_##name parameters {                                                                           \
-    Wide result;                                                                                                       \
-    for (int i = 0; i < 2; i++) result.half[i] = of_half;                                                              \
-    return result;                                                                                                     \
-  }
-HALVES(mullo_epi16, (Wide x, Wide y), _mm256_mullo_epi16(x.half[i], y.half[i]))
-HALVES(and, (Wide x, Wide y), _mm256_and_si256(x.half[i], y.half[i]))
-HALVES(andnot, (Wide x, Wide y), _mm256_andnot_si256(x.half[i], y.half[i]))
-HALVES(or, (Wide x, Wide y), _mm256_or_si256(x.half[i], y.half[i]))
-HALVES(shuffle_epi8, (Wide x, Wide y), _mm256_shuffle_epi8(x.half[i], y.half[i]))
-HALVES(srli_epi16, (Wide x, int count), _mm256_srli_epi16(x.half[i], count))
-HALVES(slli_epi32, (Wide x, int count), _mm256_slli_epi32(x.half[i], count))
-HALVES(set1_epi8, (char x), (_mm256_set1_epi8(x) + 0 * i))
-HALVES(set1_epi16, (short x), (_mm256_set1_epi16(x) + 0 * i))
-HALVES(set1_epi32, (int x), (_mm256_set1_epi32(x) + 0 * i))
-HALVES(broadcast_i32x4, (__m128i x), (_mm256_broadcastsi128_si256(x) + 0 * i))
-HALVES(cvtepu8_epi32, (__m128i x), _mm256_cvtepu8_epi32(i ? _mm_unpackhi_epi64(x, x) : x))
-HALVES(loadu, (const void *from), _mm256_loadu_si256((const __m256i *)from + i))
-/* All of the lanes, or none. */
-EMULATED Wide emulated_maskz_loadu(__mmask16 kept, const void *from) {
-  const Wide none = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
-  if (kept && kept != 0xffff) abort();
-  return kept ? emulated_loadu(from) : none;
-}
-HALVES(dpbusd, (Wide sum, Wide a, Wide b), dot_of_quads(sum.half[i], a.half[i], b.half[i]))
-EMULATED void emulated_storeu(void *to, Wide x) {
-  for (int i = 0; i < 2; i++) _mm256_storeu_si256((__m256i *)to + i, x.half[i]);
-}
-EMULATED void emulated_store(void *to, Wide x) {
-  if ((uintptr_t)to % 64) abort();
-  emulated_storeu(to, x);
-}
-#define _mm512_mullo_epi16 emulated_mullo_epi16
-#define _mm512_and_si512 emulated_and
-#define _mm512_andnot_si512 emulated_andnot
-#define _mm512_or_si512 emulated_or
-#define _mm512_shuffle_epi8 emulated_shuffle_epi8
-#undef _mm512_srli_epi16
-#undef _mm512_slli_epi32
-#define _mm512_srli_epi16 emulated_srli_epi16
-#define _mm512_slli_epi32 emulated_slli_epi32
-#define _mm512_set1_epi8 emulated_set1_epi8
-#define _mm512_set1_epi16 emulated_set1_epi16
-#define _mm512_set1_epi32 emulated_set1_epi32
-#define _mm512_broadcast_i32x4 emulated_broadcast_i32x4
-#define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
-#define _mm512_loadu_si512 emulated_loadu
-#define _mm512_maskz_loadu_epi32 emulated_maskz_loadu
-#define _mm512_storeu_si512 emulated_storeu
-#define _mm512_store_si512 emulated_store
-#define _mm512_dpbusd_epi32 emulated_dpbusd
 
 /* --- AMX ---------------------------------------------------------------------------------------------------------- */
 
@@ -197,7 +126,7 @@ static void take_traps(void) {
 
 /* --- the variants by AVX, compiled for AVX2 whatever they ask for --------------------------------------------------- */
 
-#define target(instruction_sets) target("avx2")
+#define target(instruction_sets) target("avx2,fma")
 #include "packed_gemm_vnni.c"
 #undef target
 

@@ -143,9 +143,9 @@ static void *blocks_of(int64_t bytes) { return aligned_alloc(64, (size_t)((bytes
 static int quantized_attention(const char *variant) {
   float *grids = read_bytes(7 * sizeof *grids);
   QuantizedAttention it = {read_attention(), {grids[0], grids[1], grids[2]}, {grids[3], grids[4], grids[5]}, grids[6]};
+  if (!packed_gemm_force(variant)) return 2; /* before its scratch, whose size is the variant's own */
   void *head = blocks_of(quantized_attention_head(&it)), *work = blocks_of(quantized_attention_work(&it));
   void *scratch = blocks_of(quantized_attention_scratch(&it));
-  if (!packed_gemm_force(variant)) return 2;
   if (!head || !work || !scratch) return 5;
   HeadOperands operands = quantized_attention_operands(&it, head);
   int64_t rows = quantized_attention_rows(&it), queries = it.tensors.queries;
