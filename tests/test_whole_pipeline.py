@@ -24,7 +24,6 @@ from pipeline.verify import pipeline_gates
 from pipeline.verify.report import Report
 from tests.support import pipelines
 from tests.support.quick_build import measure_little
-from tests.support.tiny_text import t5_folder
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 COMPONENTS = ["text_encoder", "transformer", "vae_decoder"]
@@ -33,12 +32,7 @@ GATES = {"tokenizer/ids_differing", "picture_psnr_db", "calls_ulps"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """PixArt-alpha, with a text encoder whose linears have groups of 64."""
-    path = tmp_path_factory.mktemp("whole") / "pixart"
-    pipelines.write("alpha", path, caption_channels=64)
-    shutil.rmtree(path / "text_encoder")
-    t5_folder(path)
-    return path
+    return pipelines.write_wide(tmp_path_factory.mktemp("whole") / "pixart")
 
 
 def build(folder: Path, output: Path, *more: str, engine: str = "pixart_w4a6") -> int:
