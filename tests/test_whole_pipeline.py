@@ -16,7 +16,7 @@ import pytest
 from ditc import Pipeline
 from export.errors import ContractError
 from pipeline import __main__ as cli
-from pipeline import load
+from pipeline import compile_pipeline, compiler, load
 from pipeline.bundle.pipeline_bundle import load_pipeline
 from pipeline.generate import latent_model
 from pipeline.parts import read_folder
@@ -114,6 +114,38 @@ def test_finished_components_outlive_one_that_fails(
     assert build(folder, output, "--resume") == 0
     assert "text_encoder: built before, taken over" in capsys.readouterr().err
     assert sorted(load_pipeline(output).components) == COMPONENTS and not (tmp_path / "engine.partial").exists()
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stages_of_a_first_component_outlive_an_interruption(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "engine"
+    monkeypatch.setattr(compiler, "verified", interrupted)
+    assert build(folder, output) == 130
+    saved = f"interrupted; state saved in {output}.partial; run the same command again with --resume"
+    assert capsys.readouterr().out.splitlines()[-1] == f"FAILED {saved}"
+    assert build(folder, output, "--resume") == 130
+    log = capsys.readouterr().err
+    assert "component text_encoder" in log and "calibrate ..." not in log
+    assert all(f"{stage}: done before" in log for stage in ("calibrate", "export", "cpu", "onnx"))
+
+
+def test_finished_components_outlive_a_first_one_that_fails_when_it_is_resumed(
+    bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "engine"
+    shutil.copytree(bundle, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(compile_pipeline, "proven", interrupted)
+        assert build(folder, output, "--force") == 130
+    shutil.rmtree(output)
+    assert build(folder, output, "--resume", "--set", "components.text_encoder.budgets.quant_sqnr_db=200") == 4
+    left = tmp_path / "engine.partial/bundle"
+    assert {path.parent.name for path in left.glob("*/manifest.json")} == set(COMPONENTS)
 
 
 # Parts of these are so narrow that groups have 32 channels.
