@@ -24,17 +24,17 @@ from PIL import Image
 
 from export.cache_folder import cache_folder
 from export.onnx_files import read_graph
-from pipeline import compile_pipeline, compiler, load
+from pipeline import load
 from pipeline.backends import lowering_file
 from pipeline.backends.base import CONDITION, MODEL, TIMESTEP, Arrays
 from pipeline.backends.cpu.engine import open_session
-from pipeline.build import main as build
 from pipeline.distance import psnr_db, sqnr_db
 from pipeline.generate.draw import to_pixels
 from pipeline.generate.pipeline_folder import captions
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from pipeline.verify.parts import part_of
 from tests.support import arm, pipelines
+from tests.support.quick_build import build_unproven
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -82,18 +82,8 @@ def board() -> arm.Arm:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the bundled model."""
-    return built(tmp_path_factory.mktemp("arm") / "bundle", "--target", "cpu,onnx")
-
-
-def built(output: Path, *flags: str) -> Path:
-    """A bundle. Its gates are left out: what is measured here is compared with them on x86."""
-    with pytest.MonkeyPatch.context() as patch:
-        for stage in ("verified", "benched"):
-            patch.setattr(compiler, stage, lambda *_: None)
-        patch.setattr(compile_pipeline, "proven", lambda *_: None)
-        assert build(["--engine", "pixart_w4a6", "--set", "method=rtn", *flags, "-o", str(output)]) == 0
-    return output
+    """Of the bundled model; what is measured here is compared with its gates on x86."""
+    return build_unproven(tmp_path_factory.mktemp("arm") / "bundle", "--target", "cpu,onnx")
 
 
 def outcome(text: str, output: Path) -> Run:
@@ -206,7 +196,7 @@ class WholeRun:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a pipeline of random weights, whose pictures have 64 pixels."""
     folder = tmp_path_factory.mktemp("whole")
-    return built(folder / "bundle", "-m", str(pipelines.write_wide(folder / "pipeline")), "--target", "cpu")
+    return build_unproven(folder / "bundle", "-m", str(pipelines.write_wide(folder / "pipeline")), "--target", "cpu")
 
 
 def whole_outcome(text: str, output: Path) -> WholeRun:
