@@ -2,13 +2,14 @@
 
 BUNDLE is what `build` made of either half. Each case runs in a process of its own, which opens the engine and computes
 one picture: the peak of its memory is that of the process, with Python and ONNX Runtime in it, the time that of the
-picture, processor_s that of all its threads. Writes benchmarks/results/autoencoder.json, a row for each half, size
-and way.
+picture, processor_s that of all its threads. Writes benchmarks/results/autoencoder_MACHINE.json, a row for each half,
+size and way.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,6 @@ from pipeline import load, machine
 from pipeline.bench.__main__ import description
 from pipeline.generate.tiles import TILE_PIXELS, Tiles
 
-NAME = "autoencoder"
 SIZES = (512, 1024)
 Way = Literal["whole", "tiles"]
 
@@ -76,14 +76,14 @@ def main() -> None:
         print(json.dumps(asdict(row)))
         return
     ways: tuple[Way, ...] = ("whole", "tiles")
-    rows = []
+    rows, load = [], round(os.getloadavg()[0], 2)
     for bundle in arguments.bundles:
         for pixels in map(int, arguments.sizes.split(",")):
             for way in ways[: 1 + (pixels > TILE_PIXELS)]:
                 rows.append(apart(bundle, pixels, way, arguments.threads))
                 print(f"{rows[-1]}", flush=True)
-    path = record.write(NAME, {"threads": arguments.threads, "rows": [asdict(row) for row in rows]})
-    print(path)
+    document = {"threads": arguments.threads, "load_average": load, "rows": [asdict(row) for row in rows]}
+    print(record.write(f"autoencoder_{record.slug(f'{machine.cpu_name()} {machine.cpu_count()}cpu')}", document))
 
 
 if __name__ == "__main__":

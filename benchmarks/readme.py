@@ -377,6 +377,20 @@ def whole_pipelines() -> str:
     return _with_notes(header, rows, notes, "whole_pipeline")
 
 
+def autoencoders() -> str:
+    """Memory and time of a picture by an autoencoder of true size, whole and in tiles."""
+    header = ["machine", "engine", "pixels", "computed", "peak, GB", "seconds", "processor, s"]
+    rows, notes = [], []
+    for run in (read(path) for path in sorted(RESULTS.glob("autoencoder_*.json"))):
+        for row in run["rows"]:
+            cells = [f"{row['peak_rss_bytes'] / 1e9:.2f}", f"{row['seconds']:.1f}", f"{row['processor_s']:.1f}"]
+            way = "in tiles" if row["way"] == "tiles" else row["way"]
+            rows.append([_machine(run), f"`{row['engine']}`", f"{row['pixels']} x {row['pixels']}", way, *cells])
+        threads = f"{run['threads']} threads, load average before {run['load_average']:.1f}"
+        notes.append(f"- {_machine(run)}: {threads}, {_stamp(run)}")
+    return _with_notes(header, rows, notes, "autoencoder")
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "recipes": recipes,
@@ -391,6 +405,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "call-floor": call_floor,
     "text-encoder-size": text_encoder_size,
     "whole-pipelines": whole_pipelines,
+    "autoencoders": autoencoders,
     "folders": folders,
 }
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)

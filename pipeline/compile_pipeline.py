@@ -58,6 +58,7 @@ def compile_pipeline(request: BuildRequest, only: str | None = None) -> Path:
     prepared = {part.name: prepare(part_request(request, part)) for part in parts}
     key = sha256_json([str(folder.root), folder.index])
     with WorkFolder(request.work_path, key, request.resume, request.force) as work:
+        work.keeps = bool(finished(work.bundle))  # those of an interrupted build, should the first part fail
         for part in parts:
             build_part(request, part, prepared.pop(part.name), work.bundle)
             work.keeps = True
@@ -189,10 +190,15 @@ def proven(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> N
         logger.info("pipeline/%s: %g %s, limit %g", gate.name, gate.value, gate.unit, gate.limit)
 
 
+def finished(bundle: Path) -> list[str]:
+    """Names of the components in a growing bundle."""
+    return [path.name for path in sorted(bundle.iterdir()) if (path / MANIFEST_FILE).is_file()]
+
+
 def composed(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> PipelineManifest:
     """pipeline.json of the finished folder."""
     bundle = work.bundle
-    names = [path.name for path in sorted(bundle.iterdir()) if (path / MANIFEST_FILE).is_file()]
+    names = finished(bundle)
     own = [name for name in tree(bundle) if name.split("/")[0] not in names and name != PIPELINE_FILE]
     files: dict[str, File] = {
         name: {"size": (bundle / name).stat().st_size, "sha256": sha256(bundle / name)} for name in own

@@ -221,15 +221,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(executable)
 
 
-def make_wheel(folder: Path, **environment: str) -> str:
-    """A wheel of what git tracks, in a folder; what the build said."""
+def copy_tree(tree: Path) -> None:
+    """What git tracks, without the tests."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("a wheel is built from the files that git tracks, and this tree is no git checkout")
     for name in filter(None, listed.stdout.split("\0")):
         if not name.startswith("tests/") and (ROOT / name).is_file():
-            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+
+
+def make_wheel(folder: Path, **environment: str) -> str:
+    """A wheel of what git tracks, in a folder; what the build said."""
+    copy_tree(folder / "tree")
     # What `pip wheel --no-deps --no-build-isolation .` calls; an environment need not have pip. Like pip, without the
     # tree on the path (-P).
     call = "from setuptools import build_meta\nbuild_meta.build_wheel('..')"

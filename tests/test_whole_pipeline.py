@@ -16,7 +16,7 @@ import pytest
 from ditc import Pipeline
 from export.errors import ContractError
 from pipeline import __main__ as cli
-from pipeline import load
+from pipeline import compile_pipeline, compiler, load
 from pipeline.bundle.pipeline_bundle import load_pipeline
 from pipeline.generate import latent_model
 from pipeline.parts import read_folder
@@ -24,7 +24,6 @@ from pipeline.verify import pipeline_gates
 from pipeline.verify.report import Report
 from tests.support import pipelines
 from tests.support.quick_build import measure_little
-from tests.support.tiny_text import t5_folder
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 COMPONENTS = ["text_encoder", "transformer", "vae_decoder"]
@@ -33,12 +32,7 @@ GATES = {"tokenizer/ids_differing", "picture_psnr_db", "calls_ulps"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """PixArt-alpha, with a text encoder whose linears have groups of 64."""
-    path = tmp_path_factory.mktemp("whole") / "pixart"
-    pipelines.write("alpha", path, caption_channels=64)
-    shutil.rmtree(path / "text_encoder")
-    t5_folder(path)
-    return path
+    return pipelines.write_wide(tmp_path_factory.mktemp("whole") / "pixart")
 
 
 def build(folder: Path, output: Path, *more: str, engine: str = "pixart_w4a6") -> int:
@@ -120,6 +114,38 @@ def test_finished_components_outlive_one_that_fails(
     assert build(folder, output, "--resume") == 0
     assert "text_encoder: built before, taken over" in capsys.readouterr().err
     assert sorted(load_pipeline(output).components) == COMPONENTS and not (tmp_path / "engine.partial").exists()
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stages_of_a_first_component_outlive_an_interruption(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "engine"
+    monkeypatch.setattr(compiler, "verified", interrupted)
+    assert build(folder, output) == 130
+    saved = f"interrupted; state saved in {output}.partial; run the same command again with --resume"
+    assert capsys.readouterr().out.splitlines()[-1] == f"FAILED {saved}"
+    assert build(folder, output, "--resume") == 130
+    log = capsys.readouterr().err
+    assert "component text_encoder" in log and "calibrate ..." not in log
+    assert all(f"{stage}: done before" in log for stage in ("calibrate", "export", "cpu", "onnx"))
+
+
+def test_finished_components_outlive_a_first_one_that_fails_when_it_is_resumed(
+    bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "engine"
+    shutil.copytree(bundle, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(compile_pipeline, "proven", interrupted)
+        assert build(folder, output, "--force") == 130
+    shutil.rmtree(output)
+    assert build(folder, output, "--resume", "--set", "components.text_encoder.budgets.quant_sqnr_db=200") == 4
+    left = tmp_path / "engine.partial/bundle"
+    assert {path.parent.name for path in left.glob("*/manifest.json")} == set(COMPONENTS)
 
 
 # Parts of these are so narrow that groups have 32 channels.

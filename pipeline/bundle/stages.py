@@ -27,6 +27,7 @@ from pipeline.progress import heartbeat
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Listener = Callable[[dict[str, object]], None]
+SAVED = "state saved in "  # how a note on an error begins, before the work folder
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class WorkFolder:
                 if not any(folder.iterdir()):
                     folder.rmdir()
         else:
-            error.add_note(f"state saved in {self.path}; run the same command again with --resume")
+            inner = f"{SAVED}{self.path}{os.sep}"  # of a component, whose build the user has not asked for
+            notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith(inner)]
+            error.__notes__ = [*notes, f"{SAVED}{self.path}; run the same command again with --resume"]
         os.close(self.lock)
 
     def _key_matches(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +35,7 @@ from pipeline.generate.diffusers_adapter import EngineTransformer
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from pipeline.verify.reference_hooks import jittered
 from pipeline.verify.study import HIT_DB, HIT_SHARE, HITTING_ULPS, QUANTIZER_ULPS
-from tests.support import tiny
+from tests.support import tiny, tiny_text
 
 WORDS = ("a", "the", "red", "blue", "circle", "ring", "on", "white", "of", "photo", "cat", "dog", "and", "with")
 LABELS = {"0": "zero, nought", "1": "one", "999": "last"}
@@ -163,6 +164,15 @@ def write(name: str, folder: Path, **config: Any) -> Path:
     if name == "dit":  # as the hub's DiT has it
         index = folder / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": LABELS}))
+    return folder
+
+
+def write_wide(folder: Path) -> Path:
+    """Save PixArt-alpha's with a text encoder whose linears have groups of 64, as recipes have them; of pictures of 64
+    pixels."""
+    write("alpha", folder, caption_channels=tiny_text.T5["d_model"])
+    shutil.rmtree(folder / "text_encoder")
+    tiny_text.t5_folder(folder)
     return folder
 
 

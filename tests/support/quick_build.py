@@ -1,5 +1,5 @@
 """`python -m tests.support.quick_build`: pipeline.build with the fewest measurements and no trace of its own, for tests
-of everything else."""
+of everything else; and bundles without any proof, for tests of what runs them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from pipeline import build
+from pipeline import build, compile_pipeline, compiler
 from pipeline.bench import measure
 from pipeline.signals import leave
 
@@ -37,6 +39,16 @@ def measure_little(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(measure, "CALLS_BUDGET_S", 0.0)
     put(measure, "PICTURES_BUDGET_S", 0.0)
     put(measure, "peak_memory", lambda *_: None)
+
+
+def build_unproven(output: Path, *flags: str) -> Path:
+    """A bundle by rounding to nearest, of the bundled model or another, whose gates and measurements are left out."""
+    left_out = ((compiler, "verified"), (compiler, "benched"), (compile_pipeline, "proven"))
+    with ExitStack() as stack:
+        for module, name in left_out:
+            stack.enter_context(patch.object(module, name, lambda *_: None))
+        assert build.main(["--engine", "pixart_w4a6", "--set", "method=rtn", *flags, "-o", str(output)]) == 0
+    return output
 
 
 def shorten() -> None:
