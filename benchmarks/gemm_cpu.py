@@ -7,7 +7,8 @@ measured rate of byte products that is, and how far its integer sums are from th
 products of bytes add pairs in saturating 16 bits.
 Attention in float32 and of codes is measured as nanoseconds for a score and thread: a query with a key, that is its
 product, its weight and the product with the value, 2 x 72 multiplications; that of a caption once without a mask and
-once with one that hides most of its keys, which shows what masks cost.
+once with one that hides most of its keys, which shows what masks cost. Keys and values of a caption are bytes already
+where attention is of codes, as they are in all steps of a picture but the first.
 Writes benchmarks/results/gemm_MACHINE.json.
 """
 
@@ -28,19 +29,19 @@ from numpy.typing import NDArray
 from benchmarks import record, xnnpack
 from benchmarks.record import Json
 from export.dialect.graph import GraphBuilder, add_initializer
-from export.dialect.ops import ABSMAX_FLOOR
 from export.formats.attention import AttentionFormats
 from export.formats.format import get_format, pack
 from export.formats.operands import fits_byte, largest_code, limb_base, zero_point
 from pipeline import machine
-from pipeline.backends.cpu.finish_with_chain import grid_numbers
 from pipeline.backends.cpu.packed_gemm import packed_gemm
+from pipeline.backends.cpu.quantized_attention import attention_nodes
 from pipeline.backends.cpu.quantizers import Operand
 from pipeline.backends.cpu.token_chain import VERSION, drop_unread_outputs
 from pipeline.backends.sessions import session_options
 from pipeline.passes.quantized_gemm import QuantizedGemm, StoredWeight
 from plugins.cpu import library, limits
 
+FLOAT = ir.TensorType(ir.DataType.FLOAT)
 ROWS = (256, 1024, 4096)
 THREADS = (1, 2)
 CHANNELS = ((1152, 1152), (4608, 1152), (1152, 4608))  # (N, K)
@@ -208,24 +209,12 @@ def measure(m: int, n: int, k: int, rounds: int, threads: int) -> list[Json]:
 
 
 def attention(
-    formats: AttentionFormats | None, tokens: int, keys: int, hidden: int, heads: int, threads: int
+    formats: AttentionFormats | None, tokens: int, keys: int, hidden: int, heads: int, threads: int, kept: bool = False
 ) -> Callable[[], object]:
     """One call of the kernel library's attention of `heads` heads, normal q, k and v: float32 without formats.
 
-    hidden: the last of the keys, masked as a caption's padding is; 0: no mask."""
-    node_type = ir.TensorType(ir.DataType.FLOAT)
-    values = [ir.Value(name=name, type=node_type) for name in ("q", "k", "v", *(["mask"] if hidden else []))]
-    options: dict[str, float] = {"scale": HEAD_SIZE**-0.5}
-    if formats is not None:
-        options |= {"absmax_floor": ABSMAX_FLOOR}
-        for part, name in (("qk", formats.qk), ("pv", formats.pv)):
-            options |= {f"{part}_{key}": number for key, number in grid_numbers(get_format(name)).items()}
-    op = "Attention" if formats is None else "QuantizedAttention"
-    attributes = [ir.AttrFloat32(name, number) for name, number in options.items()]
-    node = ir.Node(library.DOMAIN, op, values, attributes, name="attention")
-    node.outputs[0].name, node.outputs[0].type = "out", node_type
-    imports = {"": 21, library.DOMAIN: VERSION}
-    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports=imports, name="g")
+    hidden: the last of the keys, masked as a caption's padding is; 0: no mask. kept: keys and values are bytes already,
+    as those of a caption are in all steps of a picture but the first."""
     rng = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {
         name: rng.standard_normal((1, heads, rows, HEAD_SIZE), np.float32)
@@ -235,14 +224,40 @@ def attention(
         mask = np.zeros((1, 1, 1, keys), np.float32)
         mask[..., keys - hidden :] = MASKED
         feeds["mask"] = mask
-    return partial(_session(ir.Model(graph, ir_version=10), threads, native=True), feeds)
+    values = {name: ir.Value(name=name, type=FLOAT) for name in feeds}
+    if formats is None:
+        options = [ir.AttrFloat32("scale", HEAD_SIZE**-0.5)]
+        node = ir.Node(library.DOMAIN, "Attention", list(values.values()), options, name="attention")
+        return _run([node], feeds, threads)
+    inputs = [values.get(name) for name in ("q", "k", "v", "mask")]
+    choices = {"qk_format": formats.qk, "pv_format": formats.pv, "scale": HEAD_SIZE**-0.5}
+    first, second = attention_nodes(inputs, "attention", choices, {})
+    if not kept:
+        return _run([first, second], feeds, threads)
+    operands = _run([first], feeds, threads)()
+    second.replace_input_with(1, ir.Value(name="operands", type=first.outputs[0].type))
+    return _run([second], feeds | {"operands": operands}, threads)
+
+
+def _run(
+    nodes: list[ir.Node], feeds: dict[str, NDArray[np.generic]], threads: int
+) -> Callable[[], NDArray[np.generic]]:
+    """What the last of the nodes gives, the others lead to it, for those of the feeds that they read."""
+    made = {value for node in nodes for value in node.outputs}
+    read = {value: None for node in nodes for value in node.inputs if value is not None and value not in made}
+    (out,) = nodes[-1].outputs
+    out.name, out.type = out.name or "out", out.type or FLOAT
+    imports = {"": 21, library.DOMAIN: VERSION}
+    graph = ir.Graph(list(read), [out], nodes=nodes, opset_imports=imports, name="g")
+    fed = {str(value.name): feeds[str(value.name)] for value in read}
+    return partial(_session(ir.Model(graph, ir_version=10), threads, native=True), fed)
 
 
 def measure_attention(tokens: int, heads: int, rounds: int, threads: int) -> list[Json]:
     """Rows of all attentions at one number of tokens: among themselves, and to a caption without and with a mask."""
     reaches = ((tokens, 0), (CAPTION_TOKENS, 0), (CAPTION_TOKENS, CAPTION_TOKENS - CAPTION_WORDS))
     runs = {
-        (formats, keys, hidden): attention(formats, tokens, keys, hidden, heads, threads)
+        (formats, keys, hidden): attention(formats, tokens, keys, hidden, heads, threads, kept=keys == CAPTION_TOKENS)
         for keys, hidden in reaches
         for formats in ATTENTIONS
     }

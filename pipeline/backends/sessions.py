@@ -20,6 +20,7 @@ from pipeline import machine
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
 from pipeline.backends.mapped_pages import MappedPages
+from pipeline.backends.sizes import evaluated
 from pipeline.files import is_out_of_memory
 from plugins.cpu import library
 
@@ -136,15 +137,16 @@ def run_to_keep(session: InferenceSession, fed: Arrays) -> Arrays:
 
 
 def _block(session: InferenceSession, fed: Arrays) -> Arrays | None:
-    """Arrays for all outputs, one behind the other, with nothing in them yet; None where the sizes of one are not
-    those of inputs. onnxruntime refuses an array that is not of its result's shape; shape () is one that it does not
-    know."""
-    sizes: dict[int | str | None, int] = {}
+    """Arrays for all outputs, one behind the other, with nothing in them yet; None where the sizes of one are neither
+    those of inputs nor made of these. onnxruntime refuses an array that is not of its result's shape; shape () is one
+    that it does not know."""
+    sizes: dict[str, int] = {}
     for value in session.get_inputs():
-        sizes.update(zip(value.shape, fed[value.name].shape, strict=True))
+        named = zip(value.shape, fed[value.name].shape, strict=True)
+        sizes.update((name, size) for name, size in named if isinstance(name, str))
     places, end = [], 0
     for output in session.get_outputs():
-        shape = [size if isinstance(size, int) else sizes.get(size) for size in output.shape]
+        shape = [size if isinstance(size, int) else evaluated(size or "", sizes) for size in output.shape]
         known = [size for size in shape if size is not None]
         if not shape or len(known) < len(shape) or output.type not in feeds.ELEMENT_TYPES:
             return None

@@ -7,6 +7,8 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import TypedDict
@@ -15,7 +17,9 @@ from pipeline import machine
 from pipeline.backends.base import Arrays
 from pipeline.backends.cpu.engine import open_sessions
 from pipeline.backends.sessions import SessionEngine
+from pipeline.backends.sizes import evaluated
 from plugins.cpu import limits
+from plugins.cpu.attention_operands import OCTET, head_bytes
 
 GEMM, ATTENTION, BETWEEN, REST = "GEMMs of bytes", "attention", "between GEMMs", "the rest"
 BYTE_ATTENTION = "attention of bytes"
@@ -23,7 +27,8 @@ BYTE_ATTENTION = "attention of bytes"
 PARTS = {
     **dict.fromkeys(("PackedGemm", "MatMulInteger", "MatMulIntegerToFloat"), GEMM),
     **dict.fromkeys(("Attention", "Softmax", "MatMul", "FusedMatMul"), ATTENTION),
-    "QuantizedAttention": BYTE_ATTENTION,  # stock engines have its function body: float products, and the rest
+    # Stock engines have the function body: float products, and the rest.
+    **dict.fromkeys(("QuantizedAttention", "AttentionOperands"), BYTE_ATTENTION),
     **dict.fromkeys(("TokenChain", "QuantizeLinear", "DequantizeLinear", "LayerNormalization", "Gelu"), BETWEEN),
 }
 BYTES = ("uint8", "int8")  # as the profiler calls the elements of codes and weights
@@ -154,11 +159,20 @@ def _limbs(op_type: str, inputs: list[list[int]]) -> int:
 
 def _products(op_type: str, inputs: list[list[int]], output: list[int]) -> float:
     """Products of a matrix product [..., K] x [K, N], of two limbs twice; of an attention for scores and values."""
-    if op_type in ("Attention", "QuantizedAttention"):
+    if op_type == "Attention":
         return 2.0 * math.prod(inputs[0]) * inputs[1][2]
+    if op_type == "QuantizedAttention":
+        return 2.0 * math.prod(inputs[0]) * _keys(inputs[1][2], inputs[0][3])
     if PARTS.get(op_type) not in (GEMM, ATTENTION) or op_type == "Softmax":
         return 0.0
     return float(_limbs(op_type, inputs) * math.prod(output) * inputs[0][-1])
+
+
+@cache
+def _keys(head: int, size: int) -> int:
+    """How many keys of `size` channels have operands of so many bytes for a head: whole octets, as the op has them."""
+    of_keys = (evaluated(head_bytes("keys", size), {"keys": keys}) for keys in count(OCTET, OCTET))
+    return OCTET * (1 + next(place for place, needed in enumerate(of_keys) if needed is None or needed >= head))
 
 
 def _weight_bytes(op_type: str, inputs: list[tuple[str, list[int]]]) -> int:

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Layers of the first batch, and bytes of probed tensors that later batches may hold at once.
 FIRST_BATCH, BATCH_BYTES = 4, 2**28
-# The op of the dialect, by its function body, and that of the kernel library, which has the same inputs.
-ATTENTION, ATTENTION_DOMAINS = "QuantizedAttention", (DOMAIN, library.DOMAIN)
+# The op of the dialect, by its function body, and that of the kernel library, which has k and v as what another op of
+# the library makes of them.
+ATTENTION, OPERANDS = "QuantizedAttention", "AttentionOperands"
 ATTENTION_INPUTS = len(OPS[ATTENTION].inputs)
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
@@ -58,12 +59,30 @@ def attention_rows(model: onnx.ModelProto) -> dict[str, AttentionRow]:
     """The quantized attentions of a graph by name. One that another has the name of is not among them, nor is one with
     other inputs than the op has."""
     rows: dict[str, AttentionRow] = {}
+    operands = {
+        node.output[0]: tuple(node.input)
+        for node in model.graph.node
+        if (node.op_type, node.domain) == (OPERANDS, library.DOMAIN)
+    }
     for node in model.graph.node:
-        if node.op_type == ATTENTION and node.domain in ATTENTION_DOMAINS and len(node.input) == ATTENTION_INPUTS:
-            q, k, v, mask = node.input
+        if node.op_type != ATTENTION:
+            continue
+        read = _with_keys_and_values(node, operands)
+        if len(read) == ATTENTION_INPUTS:
+            q, k, v, mask = read
             layers = (item.s.decode() for item in node.attribute if item.name == "layer")
             rows |= {name: AttentionRow(name, node.domain, q, k, v, mask, node.output[0]) for name in layers}
     return rows
+
+
+def _with_keys_and_values(node: onnx.NodeProto, operands: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """q, k, v and mask of an attention; less where its inputs are others. operands: what each was made of."""
+    if node.domain == DOMAIN:
+        return tuple(node.input)
+    if node.domain != library.DOMAIN or len(node.input) != 3:
+        return ()
+    q, of_keys, mask = node.input
+    return (q, *operands.get(of_keys, ()), mask)
 
 
 @dataclass

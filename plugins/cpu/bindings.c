@@ -13,6 +13,7 @@ EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
   TRY(CALL(api, domain_add)(domain, &PACKED_GEMM));
   TRY(CALL(api, domain_add)(domain, &HALF_GEMM));
   TRY(CALL(api, domain_add)(domain, &ATTENTION));
+  TRY(CALL(api, domain_add)(domain, &ATTENTION_OPERANDS));
   TRY(CALL(api, domain_add)(domain, &QUANTIZED_ATTENTION));
   return CALL(api, options_add_domain)(options, domain);
 }

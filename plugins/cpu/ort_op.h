@@ -73,6 +73,6 @@ static inline int op_version(const CustomOp *op) { return (void)op, 1; }
   .variadic_input_homogeneous = op_no, .variadic_output_min = op_no, .variadic_output_homogeneous = op_no,             \
   .start_version = op_version, .end_version = op_version
 
-extern const CustomOp TOKEN_CHAIN, PACKED_GEMM, HALF_GEMM, ATTENTION, QUANTIZED_ATTENTION;
+extern const CustomOp TOKEN_CHAIN, PACKED_GEMM, HALF_GEMM, ATTENTION, ATTENTION_OPERANDS, QUANTIZED_ATTENTION;
 
 #endif

@@ -32,13 +32,26 @@ typedef struct HeadOperands {
   int32_t *key_sum;               /* of the integers of a key */
 } HeadOperands;
 
-/* Bytes of the operands of a head, a multiple of 64. */
+/* Bytes of the operands of a head, a multiple of LABEL_BYTES. */
 int64_t quantized_attention_head(const QuantizedAttention *);
 /* Where they lie in such memory. */
 HeadOperands quantized_attention_operands(const QuantizedAttention *, void *memory);
 /* Fills them in for head `part` of samples * heads. work: quantized_attention_work bytes. */
 void quantized_attention_prepare(const QuantizedAttention *, int64_t part, const HeadOperands *, void *work);
 int64_t quantized_attention_work(const QuantizedAttention *);
+
+/* Operands that leave a call are a tensor of bytes. In it each head has a line of the cache that says what follows, its
+ * label: how many keys of which size, in which formats. */
+enum { LABEL_BYTES = 64, MOST_WORDS = 256 };
+/* Bytes of a head in the tensor: of its label and its operands (as in plugins/cpu/attention_operands.py). */
+int64_t quantized_attention_labelled(const QuantizedAttention *);
+/* Writes the label of a head whose memory begins here. */
+void quantized_attention_label(const QuantizedAttention *, void *memory);
+/* Are these, `bytes` for each head, no operands for an attention whose keys are not known yet? Then `why` says what is
+ * wrong; else its keys are set. Without any head there is no label, and no keys. */
+int quantized_attention_misfit(
+    QuantizedAttention *, const char *tensor, int64_t heads, int64_t bytes, char why[MOST_WORDS]);
+
 /* What is added to the integers of queries, so that they are codes without a sign. */
 static inline int32_t quantized_attention_zero(const QuantizedAttention *attention) {
   return (int32_t)attention->qk.kmax;

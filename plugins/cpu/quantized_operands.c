@@ -1,6 +1,8 @@
 /* Queries, keys and values of QuantizedAttention as integers. No contraction here: the rounding sums need each of their
  * operations rounded. */
 #include <math.h>
+#include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "exponential.h"
@@ -24,6 +26,77 @@ int64_t quantized_attention_head(const QuantizedAttention *attention) { return l
 HeadOperands quantized_attention_operands(const QuantizedAttention *attention, void *memory) {
   HeadOperands operands;
   return lay_out(attention, memory, &operands), operands;
+}
+
+int64_t quantized_attention_labelled(const QuantizedAttention *attention) {
+  return LABEL_BYTES + quantized_attention_head(attention);
+}
+
+/* The name ends with the version of what follows: one more where the order of the operands changes. */
+static const char LABEL_NAME[8] = {'F', 'P', 'Q', 'H', 'E', 'A', 'D', '1'};
+enum { NUMBERS = 5 };
+static const char *const NUMBER_NAMES[NUMBERS] = {"qk_max_value", "qk_kmax", "qk_rounding_factor", "absmax_floor", "pv_kmax"};
+
+typedef struct Label {
+  char name[sizeof LABEL_NAME];
+  int64_t keys, size;
+  float numbers[NUMBERS]; /* what queries must have in common, and what bounds the sums of values */
+} Label;
+
+void quantized_attention_label(const QuantizedAttention *attention, void *memory) {
+  const Grid *qk = &attention->qk;
+  Label label = {
+      .keys = attention->tensors.keys,
+      .size = attention->tensors.size,
+      .numbers = {qk->max_value, qk->kmax, qk->rounding_factor, attention->absmax_floor, attention->pv.kmax},
+  };
+  memcpy(label.name, LABEL_NAME, sizeof label.name);
+  memset(memory, 0, LABEL_BYTES);
+  memcpy(memory, &label, offsetof(Label, numbers) + sizeof label.numbers);
+}
+
+/* What is wrong with `label`, which should be `expected` but for its keys, 0 for nothing. */
+static int label_misfit(const Label *label, const Label *expected, char why[MOST_WORDS]) {
+  if (memcmp(label->name, expected->name, sizeof label->name))
+    return snprintf(why, MOST_WORDS, "QuantizedAttention: operands do not begin with %.8s: they are of another version, or "
+                    "damaged; let AttentionOperands make them again", expected->name);
+  if (label->keys < 1 || label->keys > MOST_KEYS)
+    return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of %lld keys are damaged: 1 to %d there can be; let "
+                    "AttentionOperands make them again", (long long)label->keys, MOST_KEYS);
+  if (label->size != expected->size)
+    return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of %lld channels for queries of %lld; give those of the "
+                    "same attention", (long long)label->size, (long long)expected->size);
+  for (int i = 0; i < NUMBERS; i++)
+    if (memcmp(label->numbers + i, expected->numbers + i, sizeof *label->numbers))
+      return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of another format, with %s %g where this attention has "
+                      "%g; give those of the same attention", NUMBER_NAMES[i], (double)label->numbers[i],
+                      (double)expected->numbers[i]);
+  return 0;
+}
+
+int quantized_attention_misfit(
+    QuantizedAttention *attention, const char *tensor, int64_t heads, int64_t bytes, char why[MOST_WORDS]) {
+  char line[LABEL_BYTES];
+  Label label, expected;
+  attention->tensors.keys = 0;
+  if (!heads) return 0;
+  if (bytes < LABEL_BYTES)
+    return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of %lld bytes a head, fewer than the %d that say what "
+                    "they are; give what AttentionOperands made", (long long)bytes, LABEL_BYTES);
+  quantized_attention_label(attention, line);
+  memcpy(&expected, line, sizeof expected), memcpy(&label, tensor, sizeof label);
+  if (label_misfit(&label, &expected, why)) return 1;
+  attention->tensors.keys = label.keys;
+  if (bytes != quantized_attention_labelled(attention))
+    return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of %lld bytes a head, of %lld keys there are %lld; let "
+                    "AttentionOperands make them again", (long long)bytes, (long long)label.keys,
+                    (long long)quantized_attention_labelled(attention));
+  quantized_attention_label(attention, line);
+  for (int64_t head = 0; head < heads; head++)
+    if (memcmp(tensor + head * bytes, line, LABEL_BYTES))
+      return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of head %lld of %lld are damaged: they say other than "
+                      "those of the first; let AttentionOperands make them again", (long long)head, (long long)heads);
+  return 0;
 }
 
 /* Three rows of numbers, and the codes of all keys. */

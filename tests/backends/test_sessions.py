@@ -29,8 +29,8 @@ MASK = np.array([[1, 0, 2], [0, 3, 0]], np.float32)
 def session(text):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # of failures that are wanted here
-    model = onnx.parser.parse_model(text).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    model = onnx.parser.parse_model(text) if isinstance(text, str) else text
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 class Engine(SessionEngine):
@@ -109,6 +109,18 @@ def test_what_is_kept_lies_in_one_block():
         assert array.dtype == expected.dtype
     starts = [array.ctypes.data for array in kept.values()]
     assert np.diff(starts).tolist() == [sessions.ALIGNMENT] * 2
+
+
+def test_sizes_that_are_made_of_those_of_inputs_are_known():
+    """As those of bytes made of a caption's keys."""
+    text = f"""{HEADER} g (float[batch,tokens] mask) => (float[batch,wide] twice, float[batch,tokens] less)
+{{ twice = Concat <axis = 1> (mask, mask) less = Neg(mask) }}"""
+    model = onnx.parser.parse_model(text)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "(tokens + tokens * 3) // 2 + 0"
+    own = session(model)
+    kept = run_to_keep(own, {"mask": MASK})
+    np.testing.assert_array_equal(kept["twice"], np.hstack([MASK, MASK]))
+    assert kept["less"].ctypes.data - kept["twice"].ctypes.data == sessions.ALIGNMENT, "one block"
 
 
 def test_numbers_that_are_refused_are_refused_in_the_same_words():

@@ -11,9 +11,11 @@ import onnx_ir as ir
 import pytest
 
 from pipeline.backends.cpu import CpuBackend, CpuOptions
+from pipeline.backends.sizes import evaluated
 from pipeline.bench import profile
 from pipeline.recipe import Recipe
 from plugins.cpu import library, limits
+from plugins.cpu.attention_operands import head_bytes
 from tests.kernels.test_native_packed_gemm import VARIANTS
 from tests.support import native
 from tests.support.portable import activations, portable, random_linear
@@ -131,10 +133,13 @@ def test_the_table_says_shares_of_the_time_and_of_the_machine():
 
 
 def test_products_of_quantized_attention_are_bytes():
-    """Those of scores and of values, [B, H, Tq, D] and [B, H, Tk, D], at the rate of bytes."""
-    shapes = [[2, 4, 12, 16], [2, 4, 20, 16], [2, 4, 20, 16], [1, 1, 1, 1]]
-    assert profile.PARTS["QuantizedAttention"] == profile.BYTE_ATTENTION
-    assert profile._products("QuantizedAttention", shapes, shapes[0]) == 2 * 2 * 4 * 12 * 20 * 16
+    """Those of scores and of values, of as many keys as the bytes hold, at the rate of bytes."""
+    head = evaluated(head_bytes("20", 16), {})
+    for op_type in ("QuantizedAttention", "AttentionOperands"):
+        assert profile.PARTS[op_type] == profile.BYTE_ATTENTION
+    assert profile._products("AttentionOperands", [[2, 4, 20, 16]] * 2, [2, 4, head]) == 0
+    shapes = [[2, 4, 12, 16], [2, 4, head], [1, 1, 1, 1]]
+    assert profile._products("QuantizedAttention", shapes, shapes[0]) == 2 * 2 * 4 * 12 * 24 * 16, "20 in whole octets"
     row = {"part": profile.BYTE_ATTENTION, "ms": 2.0, "products": 0.4e9, "weight_bytes": 0}
     assert profile.summary(DOCUMENT | {"parts": [row]})[1] == [[profile.BYTE_ATTENTION, "2.0", "20%", "200", "50%"]]
 

@@ -21,9 +21,9 @@ from export.dialect.ops import ABSMAX_FLOOR
 from export.dialect.reference import quantize_activation
 from export.formats.format import get_format, to_integers
 from export.formats.operands import largest_code
-from pipeline.backends.cpu.finish_with_chain import grid_numbers
 from pipeline.backends.cpu.half_gemm import half_panels
 from pipeline.backends.cpu.packed_gemm import multiplier_panels, packs, weight_panels, weight_sums
+from pipeline.backends.cpu.quantized_attention import grid_numbers
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe, check_attention
 from plugins.cpu import library
 from tests.backends.cpu.test_cpu_quantizers import image_and_scale, on_the_grid

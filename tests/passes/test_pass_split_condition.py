@@ -5,7 +5,13 @@ import onnx_ir as ir
 import pytest
 
 from export.dialect.graph import GraphBuilder, add_functions
+from pipeline.backends.cpu.quantized_attention import UseQuantizedAttention
+from pipeline.backends.cpu.token_chain import VERSION
+from pipeline.backends.sizes import evaluated
 from pipeline.passes.split_condition import split_condition, split_timestep
+from plugins.cpu import library
+from plugins.cpu.attention_operands import head_bytes
+from tests.support import native
 from tests.support.portable import op_types, run
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -107,6 +113,30 @@ def test_quantized_attention_of_the_step_over_keys_and_values_of_the_condition()
     whole = {"hidden_states": hidden, "timestep": np.zeros(3, np.float32), "text": text}
     step = {key: whole[key] for key in ("hidden_states",)} | crossing
     np.testing.assert_array_equal(run(split.step, step)[0], run(model, whole)[0])
+
+
+@pytest.mark.kernels
+def test_keys_and_values_of_the_condition_cross_as_bytes():
+    native.need_compiler()
+    model, whole = with_attention("hidden_states"), with_attention("hidden_states")
+    key = next(value for node in model.graph for value in node.outputs if value.name == "key")
+    key.shape = ir.Shape(["batch", 2, "tokens", 4])
+    UseQuantizedAttention()(model)
+    model.opset_imports[library.DOMAIN] = VERSION
+    split = split_condition(model)
+    (crossing,) = split.condition.graph.outputs
+    assert crossing.dtype == ir.DataType.UINT8
+    assert [getattr(size, "value", size) for size in crossing.shape] == ["batch", 2, head_bytes("tokens", 4)]
+    assert op_types(split.condition).count("AttentionOperands") == 1
+    assert op_types(split.step) == ["QuantizedAttention", "Identity"]
+    rng = np.random.default_rng(0)
+    hidden, text = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 2, 3, 4), (3, 2, 5, 4)))
+    (operands,) = native.run(split.condition, {"text": text})
+    assert operands.dtype == np.uint8 and operands.shape == (3, 2, evaluated(crossing.shape[2].value, {"tokens": 5}))
+    (out,) = native.run(split.step, {"hidden_states": hidden, crossing.name: operands})
+    call = {"hidden_states": hidden, "timestep": np.zeros(3, np.float32), "text": text}
+    np.testing.assert_array_equal(out, native.run(model, call)[0])
+    np.testing.assert_allclose(out, run(whole, call)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_quantized_attention_of_the_condition_alone_leaves_the_step():

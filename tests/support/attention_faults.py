@@ -94,6 +94,17 @@ def _formats(edit: GraphEdit, **formats: str) -> None:
         set_attribute(node, key, value)
 
 
+def _operands_of_an_earlier_block(edit: GraphEdit) -> None:
+    """Of the same place in the block before: those of the picture's tokens and of the caption alternate."""
+    *_, earlier, _, last = edit.nodes(OP)
+    last.input[1] = earlier.input[1]
+
+
+def _operands_exchanged(edit: GraphEdit) -> None:
+    node = edit.nodes("AttentionOperands")[-1]
+    node.input[:] = reversed(node.input)
+
+
 def _no_layer(edit: GraphEdit) -> None:
     """An attention that nobody can find again."""
     set_attribute(node_of(edit), "layer", "another")
@@ -188,9 +199,12 @@ ATTENTION_FAULTS = (
     fault(
         "mask too weak in one attention", lambda edit: _route(edit, "mask", times(2e-4), masked=True), SEGMENTS, MASKED
     ),
+    fault("bytes of another block's keys and values", _operands_of_an_earlier_block, SEGMENTS, graph="fused"),
+    fault("bytes of values for those of keys", _operands_exchanged, SEGMENTS, graph="fused"),
     # what it is told
     fault("scale of the scores x 1.001", partial(_scale, factor=1.001)),
     fault("scale of the scores x 1.0001", partial(_scale, factor=1.0001), graph="portable"),
+    fault("scale of the scores x 1.001, fused path", partial(_scale, factor=1.001), graph="fused"),
     fault("queries and keys in another format", partial(_formats, qk_format="INT6")),
     fault("values in another format", partial(_formats, pv_format="E2M3")),
     fault("an attention under another name", _no_layer, COVERAGE),

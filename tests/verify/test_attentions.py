@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
 from export.dialect.ops import DOMAIN, OPS, VERSION, attributes
 from pipeline.backends.base import LoweredGraph
+from pipeline.backends.cpu.quantized_attention import UseQuantizedAttention
+from pipeline.backends.cpu.token_chain import VERSION as NATIVE_VERSION
 from pipeline.verify.attention_oracle import AttentionNumbers, AttentionProbe
 from pipeline.verify.attentions import Attentions, attention_gates, note
 from pipeline.verify.extremes import extreme_results, kept_beside
@@ -23,6 +27,8 @@ from pipeline.verify.gates import layer_gates
 from pipeline.verify.probe import Beside, ProbedGraph
 from pipeline.verify.segments import judge_mask
 from pipeline.verify.walk import AttentionStop, Stop
+from plugins.cpu import library
+from tests.support import native
 from tests.support.attention_engines import Form, attend
 
 F32 = np.float32
@@ -137,28 +143,57 @@ def graph_of(path: Path, **changes: object) -> LoweredGraph:
     return LoweredGraph(path, (), ())
 
 
+def by_the_library(path: Path) -> LoweredGraph:
+    """The same with the ops of the kernel library: bytes of k and v, and what reads them."""
+    native.need_compiler()
+    graph_of(path)
+    model = ir.load(path)
+    UseQuantizedAttention()(model)
+    model.opset_imports[library.DOMAIN] = NATIVE_VERSION
+    ir.save(model, path)
+    return LoweredGraph(path, (), ())
+
+
+def test_an_attention_whose_bytes_nothing_made_is_not_found(tmp_path: Path) -> None:
+    graph = by_the_library(tmp_path / "g.onnx")
+    model = onnx.load(graph.path)
+    nodes = {node.name: node for node in model.graph.node}
+    nodes["b"].input[1] = "k2"
+    onnx.save(model, graph.path)
+    assert ProbedGraph(graph, 1).complete_attentions == {"a"}
+
+
+GRAPHS = pytest.mark.parametrize("graph", [graph_of, by_the_library])
+
+
 def inputs_of_graph() -> dict[str, Any]:
     arrays = operands()
     mask = np.where(np.random.default_rng(2).random((2, 1, 1, TOKENS)) < 0.3, -10000, 0).astype(F32)
     return {"x": arrays["q"], "k": arrays["k"], "v": arrays["v"], "mask": mask}
 
 
-def test_attentions_of_a_graph_are_found_probed_and_right(tmp_path: Path) -> None:
-    probed = ProbedGraph(graph_of(tmp_path / "g.onnx"), 1)
+@GRAPHS
+def test_attentions_of_a_graph_are_found_probed_and_right(
+    tmp_path: Path, graph: Callable[[Path], LoweredGraph]
+) -> None:
+    probed = ProbedGraph(graph(tmp_path / "g.onnx"), 1)
     assert probed.complete_attentions == {"a", "b"}
     attentions = Attentions({"a": NUMBERS, "b": NUMBERS}, ["a", "b"])
     outputs: list[Any] = []
     for name, probes in probed.all_probes(["a", "b"], [inputs_of_graph()], outputs):
         (probe,) = (one for one in probes if isinstance(one, AttentionProbe))
         attentions.judge("cpu", name, probed.attentions[name].path, {"a call": probe})
-    assert [row.path for row in attentions.results] == [DOMAIN, DOMAIN]
+    assert [row.path for row in attentions.results] == 2 * [DOMAIN if graph is graph_of else library.DOMAIN]
     assert max(row.output_error for row in attentions.results) <= 1
     assert np.array_equal(outputs[0]["b/output"], probe.output)
 
 
+@GRAPHS
 @pytest.mark.parametrize("tokens", [None, 4])
-def test_attentions_are_right_on_numbers_that_no_call_reaches(tmp_path: Path, tokens: int | None) -> None:
-    probed, call = ProbedGraph(graph_of(tmp_path / "g.onnx"), 1), inputs_of_graph()
+def test_attentions_are_right_on_numbers_that_no_call_reaches(
+    tmp_path: Path, tokens: int | None, graph: Callable[[Path], LoweredGraph]
+) -> None:
+    probed, call = ProbedGraph(graph(tmp_path / "g.onnx"), 1), inputs_of_graph()
     read = kept_beside(probed, [], ["a", "b"], 0, tokens)
     assert isinstance(read, Beside) and read.names == {"a": ["q", "k2", "v2"], "b": ["a/output", "k2", "v2", "mask"]}
     list(probed.all_probes(["a", "b"], [call], beside=read))

@@ -17,22 +17,19 @@ from export.dialect.graph import (
     attribute,
     drop_unused,
     inputs_of,
-    is_op,
     new_node,
     only_reader,
     other_input,
     produced_by,
     read_by,
-    replace,
     result_of,
 )
-from export.dialect.ops import ABSMAX_FLOOR
-from export.dialect.ops import DOMAIN as DIALECT
-from export.formats.format import Format, get_format
+from export.formats.format import Format
 from export.formats.operands import SMALL_ZERO, limb_base, zero_point
 from pipeline.backends.cpu import packed_gemm
 from pipeline.backends.cpu.gemms import Product, grouped_gemm
 from pipeline.backends.cpu.native_ports import connect, finishes, make_instead, ports_in, ports_out
+from pipeline.backends.cpu.quantized_attention import UseQuantizedAttention
 from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
     OP,
@@ -51,7 +48,6 @@ from pipeline.passes.quantized_gemm import QuantizedGemm
 from pipeline.passes.rewrite import RewritePass
 from plugins.cpu.library import DOMAIN
 
-QUANTIZED_ATTENTION = "QuantizedAttention"
 U8 = ir.TensorType(ir.DataType.UINT8)
 HEADS_FIRST, HEADS_LAST, SWAPPED = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2)
 
@@ -77,31 +73,6 @@ def _attention(inputs: Mapping[str, ir.Value], name: str, like: ir.Node, scale: 
     """Attention of the kernel library, see plugins/cpu/attention.h."""
     ordered = [inputs.get(port) for port in ("q", "k", "v", "mask")]
     return new_node(DOMAIN, "Attention", ordered, name, {"scale": scale}, 1, like.metadata_props)
-
-
-class UseQuantizedAttention(RewritePass):
-    """QuantizedAttention of the dialect -> that of the kernel library, see plugins/cpu/quantized_attention.h."""
-
-    def rewrite(self, model: ir.Model) -> None:
-        for node in [node for node in model.graph if is_op(node, QUANTIZED_ATTENTION, DIALECT)]:
-            kept = {key: attribute(node, key) for key in ("layer", "qk_format", "pv_format", "scale")}
-            grids = {
-                f"{part}_{key}": number
-                for part in ("qk", "pv")
-                for key, number in grid_numbers(get_format(kept[f"{part}_format"])).items()
-            }
-            choices = kept | grids | {"absmax_floor": ABSMAX_FLOOR}
-            name = node.name or result_of(node).name
-            assert name is not None
-            new = new_node(DOMAIN, QUANTIZED_ATTENTION, list(node.inputs), name, choices, 1, node.metadata_props)
-            replace(model.graph, node, new)
-            self.fired += 1
-
-
-def grid_numbers(fmt: Format) -> dict[str, float]:
-    """How numbers become integers of a format: `Grid` of plugins/cpu/quantized_attention.h."""
-    factor = rounding_factor(fmt) if len(fmt.binade_starts) else 0.0
-    return {"max_value": fmt.max_value, "kmax": float(fmt.kmax), "rounding_factor": factor}
 
 
 def _attention_misfit(q: ir.Value, keys: ir.Value, v: ir.Value, mask: ir.Value | None) -> str | None:
