@@ -67,7 +67,7 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 def driver(name: str, compiler: str, flags: tuple[str, ...], sources: tuple[Path, ...]) -> str:
     path = Path(_FOLDER.name) / name
     files = [str(source) for source in (SUPPORT / "kernel_driver.c", *sources)]
-    common = ("-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{library.FOLDER}", f"-I{SUPPORT}")
+    common = ("-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{library.FOLDER}")
     subprocess.run([compiler, *common, *flags, *files, "-lm", "-o", str(path)], check=True, timeout=120)
     return str(path)
 
