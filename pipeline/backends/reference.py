@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -205,8 +206,9 @@ class FakeQuantLinear(nn.Module):
         return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], self.out_features)
 
 
-# Scores that are held at a time, [heads, Tq, Tk]: 32 MiB in float64, or what one head has.
-SCORES_AT_ONCE = 2**22
+# Scores that are held at a time, [queries, Tk]: 2 MiB in float64, or what one query has. They stay in the cache, and in
+# one array: with a new one of 32 MiB for each operation most time went into memory from the system.
+SCORES_AT_ONCE = 2**18
 
 
 def quantized_attention(
@@ -227,14 +229,18 @@ def quantized_attention(
     (q_value, q_scale), (k_value, k_scale) = _value_and_scale(qk, q), _value_and_scale(qk, centred)
     v_value, v_scale = (part.mT for part in _value_and_scale(pv, v.mT))
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    together = max(1, SCORES_AT_ONCE // (q.shape[-2] * k.shape[-2]))
+    together = max(1, SCORES_AT_ONCE // max(1, k.shape[-2]))
     bias = None if mask is None else mask.expand(*q.shape[:-1], k.shape[-2])
-    for part in ((b, slice(h, h + together)) for b in range(len(q)) for h in range(0, q.shape[1], together)):
-        score = (q_value[part] @ k_value[part].mT) * (q_scale[part] * scale) * k_scale[part].mT
-        score = score if bias is None else score + bias[part]
-        weight = torch.round((score - score.amax(dim=-1, keepdim=True)).exp_() * WEIGHT_MAX)
-        mixed = (weight.double() @ v_value[part].double()).to(q.dtype)  # sums of integers that float32 may not hold
-        out[part] = mixed * v_scale[part] / weight.sum(dim=-1, keepdim=True)
+    for head in product(range(q.shape[0]), range(q.shape[1])):
+        keys, of_keys = k_value[head].mT, k_scale[head].mT
+        values = v_value[head].double()  # their products with weights are integers, whose sums float32 may not hold
+        for first in range(0, q.shape[-2], together):
+            part = (*head, slice(first, first + together))
+            score = (q_value[part] @ keys).mul_(q_scale[part] * scale).mul_(of_keys)
+            score = score if bias is None else score.add_(bias[part])
+            weight = score.sub_(score.amax(dim=-1, keepdim=True)).exp_().mul_(WEIGHT_MAX).round_()
+            mixed = (weight.double() @ values).to(q.dtype)
+            out[part] = mixed * v_scale[head] / weight.sum(dim=-1, keepdim=True)
     return out
 
 
