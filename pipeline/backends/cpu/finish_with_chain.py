@@ -37,6 +37,7 @@ from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
     OP,
     VERSION,
+    Activation,
     In,
     Out,
     chain_node,
@@ -187,7 +188,7 @@ class AbsorbEpilogues(RewritePass):
                 inputs[port], last = other_input(reader, last), result_of(reader)
         if last is linear:
             return
-        connect(node, inputs, {"gelu": int(has_gelu)})
+        connect(node, inputs, {"activation": Activation.GELU if has_gelu else Activation.NONE})
         make_instead(node, [("Y", last)])
         self.fired += 1
 

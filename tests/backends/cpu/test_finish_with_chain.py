@@ -12,7 +12,7 @@ from pipeline.backends.cpu.engine import provided
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.native_ports import finishes, ports_in, ports_out
-from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
+from pipeline.backends.cpu.token_chain import Activation, drop_unread_outputs, is_chain
 from pipeline.passes import run_shared
 from tests.support import learned, native
 from tests.support.portable import portable, random_linear, run
@@ -87,6 +87,12 @@ def stages(model):
     return [("+".join(ports), "+".join(ports_out(node))) for ports, node in zip(given, nodes, strict=True)]
 
 
+def activations(model):
+    """By layer; by its own name where a linear leaves the graph."""
+    nodes = [node for node in model.graph if finishes(node)]
+    return {ports_out(node)["LINEAR"].name.split("/")[0]: node.attributes["activation"].value for node in nodes}
+
+
 def feeds(seed=0, batch=2, tokens=5):
     rng = np.random.default_rng(seed)
     each = dict.fromkeys(("shift", "scale", "gate"), (batch, 1, 64)) | dict.fromkeys("xh", (batch, tokens, 64))
@@ -109,7 +115,7 @@ def test_a_block_becomes_a_quantizer_and_three_gemms_that_quantize_their_rows():
     ]
     types = Counter(node.op_type for node in model.graph)
     assert types == {"TokenChain": 1, "PackedGemm": 3, "Add": 1}
-    assert [node.attributes["gelu"].value for node in model.graph if finishes(node)] == [0, 1, 0]
+    assert activations(model) == {"a": Activation.NONE, "b": Activation.GELU, "c": Activation.NONE}
     assert model.graph.opset_imports["fpq.native"] == 1
     assert not any(rewrite.refusals for rewrite in passes.values())
 
