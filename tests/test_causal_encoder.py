@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from export.models.load import sample_inputs
 from pipeline import __main__ as cli
 from pipeline import load
 from pipeline import recipe as recipes
+from pipeline.backends.cpu.native_ports import ports_in
+from pipeline.backends.cpu.packed_gemm import OP, Out
+from pipeline.backends.cpu.token_chain import Activation
 from pipeline.calibrate import calibrate
 from pipeline.generate.pipeline_classes import ENCODERS_ALONE, find_pipeline_class
 from pipeline.parts import TEXT_ENCODERS
@@ -67,6 +71,15 @@ def test_its_bundle_is_proven(bundle: Path, kind: str) -> None:
     assert {row["path"] for row in manifest["targets"]["cpu"]["choices"].values()} == {"u8 x packed s4"}
     ends = [row["output"] for row in report["segments"] if row["layer"] is None and row["target"] == "cpu"]
     assert ends == list(OUTPUTS)
+
+
+def test_its_feed_forward_networks_are_finished_by_their_gemms(bundle: Path, kind: str) -> None:
+    nodes = list(ir.load(bundle / "cpu" / "model.onnx").graph)
+    gates = [node for node in nodes if node.op_type == OP and "GATE" in ports_in(node)]
+    activation = Activation.GELU if kind == "Gemma2Model" else Activation.SILU
+    assert [node.attributes["activation"].as_int() for node in gates] == [activation] * 2
+    assert all(node.outputs[Out.CODES].name.endswith("down_proj/quantize/codes") for node in gates)
+    assert not {"Gelu", "Sigmoid"} & {node.op_type for node in nodes}
 
 
 def test_its_engines_encode_prompts_of_any_length(bundle: Path) -> None:

@@ -11,28 +11,41 @@
 #include "span.h"
 #include "variants.h"
 
+/* What attribute `activation` says; pipeline/backends/cpu/token_chain.py has the same numbers. */
+typedef enum Activation { NO_ACTIVATION, GELU, SILU, ACTIVATIONS } Activation;
+
 /* Stages in order; a NULL input or output leaves its stage out. All floats are binary32, nothing is contracted:
  *
  *   linear = x * token_scale, then + bias         x [rows, n], token_scale [rows], bias [n]
- *   y      = linear, or gelu(linear)              the tanh form
+ *   y      = linear, or its GELU or SiLU          GELU in the tanh form
  *   y      = y * gate, then + residual            gate [rows / rows_per_gate, n], residual [rows, n]
  *
  * Attention keeps a row in parts: with heads_out y is [samples, heads_out, tokens, n / heads_out].
  */
 typedef struct Epilogue {
   const float *token_scale, *bias, *gate, *residual;
-  int gelu;
+  Activation activation;
   int64_t n, rows_per_gate, tokens, heads_out; /* tokens: rows of a sample; heads_out 0: rows in one piece */
   float *linear, *y;
 } Epilogue;
 
-/* x (1 + tanh(u)) / 2 = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). `bound`, EXP_BOUND, must be no constant
- * to the compiler: of one, it makes branches with results computed beforehand, and then no vectors. */
-static inline float gelu(float x, float bound) {
-  float t = x * (-1.5957691216f - 0.0713548163f * (x * x));
+/* x / (1 + exp(t)). `bound`, EXP_BOUND, must be no constant to the compiler: of one, it makes branches with results
+ * computed beforehand, and then no vectors. */
+static inline float times_logistic(float x, float t, float bound) {
   t = t < bound ? t : bound;
   t = t > -bound ? t : -bound;
   return x / (1.0f + exponential(t));
+}
+
+/* GELU: x (1 + tanh(u)) / 2 = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). SiLU: x / (1 + exp(-x)). */
+INLINE void activate(Activation activation, float bound, Span *x) {
+  float numbers[SPAN], exponents[SPAN];
+  *(Span *)numbers = *x;
+  if (activation == GELU) *(Span *)exponents = *x * (-1.5957691216f - 0.0713548163f * (*x * *x));
+  else *(Span *)exponents = -*x;
+  FEW_ELEMENTS
+  for (int i = 0; i < SPAN; i++) numbers[i] = times_logistic(numbers[i], exponents[i], bound);
+  *x = *(Span *)numbers;
 }
 
 /* Where a row lies in its sample and among those that share a gate. Counted: divisions for each row of each tile would
@@ -98,13 +111,7 @@ INLINE void finish_span(
   if (it->token_scale) y *= it->token_scale[row];
   if (it->bias) load_span(&other, it->bias + channel, count), y += other;
   if (it->linear) store_span(&y, it->linear + place, count);
-  if (it->gelu) {
-    float numbers[SPAN];
-    *(Span *)numbers = y;
-    FEW_ELEMENTS
-    for (int i = 0; i < SPAN; i++) numbers[i] = gelu(numbers[i], bound);
-    y = *(Span *)numbers;
-  }
+  if (it->activation) activate(it->activation, bound, &y);
   if (it->gate) load_span(&other, it->gate + at->gate * it->n + channel, count), y *= other;
   if (it->residual) load_span(&other, it->residual + place, count), y += other;
   if (it->heads_out && it->y) store_heads(it, at, of, count, &y);

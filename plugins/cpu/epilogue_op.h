@@ -9,7 +9,7 @@ typedef struct EpilogueInputs {
   const Tensor *token_scale, *bias, *gate, *residual;
 } EpilogueInputs;
 
-/* Rows that share one row of an input [samples, 1, n] or [n]; 0 if its shape does not fit. */
+/* Rows that share one row of an input [samples, 1, n], [n] or [rows, n]; 0 if its shape does not fit. */
 static inline int64_t rows_per_sample(const Tensor *tensor, int64_t n, int64_t rows) {
   int64_t samples = tensor->count / n;
   return tensor->count == samples * n && samples > 0 && rows % samples == 0 ? rows / samples : 0;
@@ -24,7 +24,7 @@ static inline const char *fit_epilogue(Epilogue *it, const Tensor *rows, const E
   if (in->bias->data && in->bias->count != n) return "bias must have one number a channel";
   if (in->residual->data && in->residual->count != rows->count) return "residual must have the shape of x";
   it->rows_per_gate = in->gate->data ? rows_per_sample(in->gate, n, count) : 1;
-  if (count && !it->rows_per_gate) return "gate must be [batch, 1, channels] or [channels]";
+  if (count && !it->rows_per_gate) return "gate must be [batch, 1, channels], [channels] or of the shape of x";
   it->n = n, it->tokens = rows->rank > 1 ? rows->dims[rows->rank - 2] : 1;
   it->token_scale = in->token_scale->data, it->bias = in->bias->data;
   it->gate = in->gate->data, it->residual = in->residual->data;
@@ -39,9 +39,11 @@ static inline Status *make_epilogue(
 }
 
 static inline Status *epilogue_attributes(const Api *api, const KernelInfo *info, Epilogue *it) {
-  int64_t gelu = 0;
-  TRY(CALL(api, attribute_int)(info, "gelu", &gelu));
-  it->gelu = gelu != 0;
+  int64_t activation = NO_ACTIVATION;
+  TRY(CALL(api, attribute_int)(info, "activation", &activation));
+  if (activation < 0 || activation >= ACTIVATIONS)
+    return invalid(api, "activation must be 0 (none), 1 (GELU) or 2 (SiLU)");
+  it->activation = (Activation)activation;
   return CALL(api, attribute_int)(info, "heads_out", &it->heads_out);
 }
 

@@ -249,8 +249,8 @@ INLINE void fetch_next(const PackedGemm *gemm, const Block *block, int64_t panel
   }
 }
 
-/* What the epilogue of rows first.. of some panels reads and writes most of: residual and y, y of heads as far as rows are
- * of one sample. */
+/* What the epilogue of rows first.. of some panels reads and writes most of: a gate of a row each, residual and y, y of
+ * heads as far as rows are of one sample. */
 INLINE Fetch lines_of(const PackedGemm *gemm, int64_t panel, int panels, int64_t first) {
   const Epilogue *it = &gemm->epilogue;
   const EpilogueRow at = epilogue_row(it, first);
@@ -258,12 +258,13 @@ INLINE Fetch lines_of(const PackedGemm *gemm, int64_t panel, int panels, int64_t
   for (int part = 0; part < panels; part++) {
     int64_t channel = (panel + part) * PANEL, place = first * it->n + channel;
     const HeadSpan of = head_span(it, channel);
-    const float *ends[] = {it->residual ? it->residual + place : NULL,
+    const float *ends[] = {it->gate && it->rows_per_gate == 1 ? it->gate + place : NULL,
+                           it->residual ? it->residual + place : NULL,
                            !it->y ? NULL : it->heads_out ? head_place(it, &at, &of) : it->y + place};
-    for (int end = 0; end < 2; end++)
+    for (int end = 0; end < 3; end++)
       if (ends[end]) {
         fetch.stream[fetch.streams] = (const char *)ends[end];
-        fetch.apart[fetch.streams++] = (end && it->heads_out ? of.size : it->n) * (int64_t)sizeof(float);
+        fetch.apart[fetch.streams++] = (end == 2 && it->heads_out ? of.size : it->n) * (int64_t)sizeof(float);
       }
   }
   return fetch;

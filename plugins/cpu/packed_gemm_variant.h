@@ -21,8 +21,8 @@ typedef struct Scratch {
 /* Lines of memory that the epilogue of some rows reads and writes: `streams` of them for each row, `apart` bytes from row
  * to row. */
 typedef struct Fetch {
-  const char *stream[2 * MOST_PANELS];
-  int64_t apart[2 * MOST_PANELS];
+  const char *stream[3 * MOST_PANELS];
+  int64_t apart[3 * MOST_PANELS];
   int streams; /* 0: none of this block's */
 } Fetch;
 

@@ -42,7 +42,7 @@ VARIANTS float largest_score(const float *scores, int64_t n) {
 }
 
 /* Codes of exp(scores - largest) and their sum. A weight below half a step is 0, long before exp has no normal number.
- * `bound`, EXP_BOUND, must be no constant to the compiler, as that of gelu. */
+ * `bound`, EXP_BOUND, must be no constant to the compiler, as that of an activation. */
 VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uint8_t *weights, int64_t n) {
   Modulo lanes = {0};
   int32_t sum = 0;

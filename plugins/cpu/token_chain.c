@@ -115,8 +115,8 @@ static void gather_row(const TokenChain *chain, int64_t row, float *out) {
 void token_chain_rows(const TokenChain *chain, int64_t first, int64_t last, float *scratch) {
   const Epilogue *epilogue = &chain->epilogue;
   int64_t n = chain->n;
-  int finishes = epilogue->linear || epilogue->y || epilogue->token_scale || epilogue->bias || epilogue->gelu ||
-                 epilogue->gate || epilogue->residual;
+  int finishes = epilogue->linear || epilogue->y || epilogue->token_scale || epilogue->bias ||
+                 epilogue->activation || epilogue->gate || epilogue->residual;
   for (int64_t row = first; row < last; row++) {
     const float *at = chain->x + row * n;
     if (chain->heads_in) gather_row(chain, row, scratch), at = scratch;

@@ -172,7 +172,8 @@ def test_an_epilogue_gives_the_bits_of_a_chain(machine, layer, stages):
     numbers, arrays = packed_gemm(gemm, operand, codes, scales)
     given = stages.inputs()
     both = "GATE" in given
-    more = np.array([tokens, tokens if both else 1, stages.heads, stages.gelu, both], np.int64)
+    per_gate = tokens if both and not stages.row_gates else 1
+    more = np.array([tokens, per_gate, stages.heads, stages.activation, both], np.int64)
     arrays += [more, *(given[port] for port in ("TOKEN_SCALE", "BIAS", "GATE", "RESIDUAL") if port in given)]
     for result in run_variants(machine, numbers, arrays, "epilogue"):
         linear_, y, *of_chain = result.reshape(4, -1)

@@ -5,7 +5,7 @@ import pytest
 
 from export.dialect.reference import quantize_activation
 from export.formats.format import FORMATS, get_format, to_integers
-from pipeline.backends.cpu.token_chain import In, Out
+from pipeline.backends.cpu.token_chain import Activation, In, Out
 from tests.backends.cpu.test_cpu_quantizers import EIGHT_BITS, assert_images, image_and_scale, on_the_grid
 from tests.support import native
 from tests.support.portable import activations
@@ -71,7 +71,7 @@ def test_the_largest_floats_and_subnormal_ones():
     np.testing.assert_array_equal(scale, expected)
 
 
-def stages(feeds, gelu=0):
+def stages(feeds):
     """linear, y in float32, one rounding for each operation, as the stock ops compute them."""
     linear = feeds[In.X]
     if In.TOKEN_SCALE in feeds:
@@ -130,15 +130,38 @@ def test_gelu_is_right_to_two_units_of_its_argument():
     # s = 1 / (1 + exp(t)): t is 2^-22 off relative to itself (four roundings), exp as much; |t| s (1 - s) <= 0.224 and
     # s (1 - s) <= 0.25, so s is off by less than 2^-22 / 2, and the sum and the quotient add 2 * 2^-24.
     x = np.concatenate([np.linspace(-12, 12, 200_001), [-87, -1e4, 1e4, 3e38, -3e38, 0.0, 1e-40]]).astype(np.float32)
-    (y,) = native.chain({In.X: x[None]}, [Out.Y], gelu=1)
+    (y,) = native.chain({In.X: x[None]}, [Out.Y], activation=Activation.GELU)
     with np.errstate(over="ignore"):
         expected = wide_gelu(x)
     assert (np.abs(y[0] - expected) <= 2.0**-22 * np.abs(x)).all()
 
 
-def test_gelu_keeps_nan():
-    (y,) = native.chain({In.X: np.array([[np.nan, 1.0]], np.float32)}, [Out.Y], gelu=1)
-    assert np.isnan(y[0, 0]) and np.isfinite(y[0, 1])
+def test_silu_is_right_to_two_units_of_itself():
+    # s = 1 / (1 + exp(-x)): exp is 2^-23 off relative to itself, which is (1 - s) of the sum; the sum and the quotient
+    # add 2^-24 each. Below -87, where s < 2^-125, it is that of -87; of a subnormal result the last unit is 2^-149.
+    x = np.concatenate([np.linspace(-90, 90, 200_001), [-104, -1e4, 1e4, 3e38, -3e38, 0.0, 1e-40]]).astype(np.float32)
+    (y,) = native.chain({In.X: x[None]}, [Out.Y], activation=Activation.SILU)
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        expected = wide / (1 + np.exp(-wide))
+    assert (np.abs(y[0] - expected) <= 2.0**-22 * np.abs(expected) + 2.0**-125 * np.abs(wide) + 2.0**-149).all()
+
+
+ACTIVATIONS = (Activation.GELU, Activation.SILU)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_keeps_what_is_not_finite(activation):
+    x = np.array([[np.nan, 1.0, np.inf, -np.inf]], np.float32)
+    (y,) = native.chain({In.X: x}, [Out.Y], activation=activation)
+    np.testing.assert_array_equal(np.isfinite(y), np.isfinite(x))
+    assert np.isnan(y[0, 0]) and y[0, 2] == np.inf
+
+
+@pytest.mark.parametrize("activation", [-1, len(Activation), 2**32])
+def test_another_number_of_an_activation_is_an_error(activation):
+    with pytest.raises(Exception, match=r"activation must be 0 \(none\), 1 \(GELU\) or 2 \(SiLU\)"):
+        native.chain({In.X: np.ones((1, 4), np.float32)}, [Out.Y], activation=activation)
 
 
 @pytest.mark.parametrize("n, rows", [(1, 3), (15, 4), (16, 4), (1152, 8), (1159, 3)])
@@ -166,15 +189,15 @@ def test_a_norm_may_have_one_scale_for_all_samples():
     np.testing.assert_array_equal(shared, same)
 
 
-@pytest.mark.parametrize("gelu", [0, 1])
-def test_all_stages_at_once_are_the_stages_in_turn(gelu):
+@pytest.mark.parametrize("activation", Activation)
+def test_all_stages_at_once_are_the_stages_in_turn(activation):
     feeds, outputs = arrays(batch=3, tokens=40, n=129), [*CODED, Out.Y, Out.LINEAR, Out.QUANTIZED]
-    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": gelu}
+    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "activation": activation}
     codes, scale, y, linear, quantized = native.chain(feeds, outputs, **attributes)
     first = {place: feeds[place] for place in (In.X, In.TOKEN_SCALE, In.BIAS)}
     (expected_linear,) = native.chain(first, [Out.LINEAR])
     second = {In.X: expected_linear, In.GATE: feeds[In.GATE], In.RESIDUAL: feeds[In.RESIDUAL]}
-    (expected_y,) = native.chain(second, [Out.Y], gelu=gelu)
+    (expected_y,) = native.chain(second, [Out.Y], activation=activation)
     third = {In.X: expected_y, In.NORM_SCALE: feeds[In.NORM_SCALE], In.NORM_SHIFT: feeds[In.NORM_SHIFT]}
     (expected_quantized,) = native.chain(third, [Out.QUANTIZED], epsilon=1e-6)
     image, expected_scale = image_and_scale_of("E2M3", expected_quantized)
@@ -186,9 +209,10 @@ def test_all_stages_at_once_are_the_stages_in_turn(gelu):
     np.testing.assert_array_equal(alone, codes)
 
 
-def test_all_instruction_sets_give_the_same_bits():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_all_instruction_sets_give_the_same_bits(activation):
     feeds, outputs = arrays(batch=2, tokens=33, n=1153), [*CODED, Out.Y, Out.LINEAR, Out.QUANTIZED]
-    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": 1}
+    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "activation": activation}
     best, plain = (native.chain(feeds, outputs, flags, **attributes) for flags in ((), ("-DFPQ_ONE_VARIANT",)))
     for result, expected in zip(best, plain, strict=True):
         np.testing.assert_array_equal(result, expected)
@@ -230,7 +254,7 @@ def in_heads(rows, heads):
 @pytest.mark.parametrize("heads", [1, 2, 5, 70])
 def test_rows_in_heads_are_read_and_written(heads):
     feeds, outputs = arrays(batch=3, tokens=40, n=70), [*CODED, Out.Y, Out.LINEAR, Out.QUANTIZED]
-    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "gelu": 1}
+    attributes = native.quantizer("E2M3") | {"epsilon": 1e-6, "activation": Activation.GELU}
     expected = dict(zip(outputs, native.chain(feeds, outputs, **attributes), strict=True))
     feeds[In.X] = in_heads(feeds[In.X], heads)
     results = native.chain(feeds, outputs, **attributes, heads_in=heads, heads_out=heads)

@@ -10,32 +10,34 @@ from export.dialect.graph import GraphBuilder
 from pipeline.backends.cpu import token_chain
 from pipeline.backends.cpu.native_ports import connect, ports_out
 from pipeline.backends.cpu.packed_gemm import Out, packed_gemm
-from pipeline.backends.cpu.token_chain import VERSION, chain_node, drop_unread_outputs
+from pipeline.backends.cpu.token_chain import VERSION, Activation, chain_node, drop_unread_outputs
 from plugins.cpu.library import DOMAIN
 from tests.kernels.test_native_packed_gemm import LAYERS, feeds_of, linear, operands, variant
 from tests.support import native
 
 pytestmark = pytest.mark.kernels
 __all__ = ["variant"]
+GELU, SILU = Activation.GELU, Activation.SILU
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What follows a linear of n channels, for samples of tokens. ports: inputs of its stages; heads: 0 for none."""
+    """What follows a linear of n channels, for samples of tokens. ports: inputs of its stages; heads: 0 for none.
+    row_gates: has every row a gate of its own?"""
 
     n: int
     samples: int
     tokens: int
     ports: str
-    gelu: int = 0
+    activation: Activation = Activation.NONE
     heads: int = 0
+    row_gates: bool = False
 
     def inputs(self) -> dict[str, np.ndarray]:
         """Arrays by port; one token's scale is NaN, another's residual infinite."""
         rng, whole = np.random.default_rng(self.n), (self.samples, self.tokens, self.n)
-        shapes = {
-            "TOKEN_SCALE": (*whole[:2], 1), "BIAS": whole[2:], "GATE": (self.samples, 1, self.n), "RESIDUAL": whole
-        }  # fmt: skip
+        gates = whole if self.row_gates else (self.samples, 1, self.n)
+        shapes = {"TOKEN_SCALE": (*whole[:2], 1), "BIAS": whole[2:], "GATE": gates, "RESIDUAL": whole}
         arrays = {port: rng.standard_normal(shapes[port]).astype(np.float32) for port in self.ports.split("+")}
         if "TOKEN_SCALE" in arrays and self.tokens > 2:
             arrays["TOKEN_SCALE"][-1, 1] = np.nan
@@ -47,19 +49,23 @@ class Stages:
 # Rows beyond those that are finished together, channels beyond a panel, heads that a panel straddles or holds.
 EPILOGUES = [
     Stages(33, 1, 70, "TOKEN_SCALE+BIAS"),
-    Stages(16, 2, 65, "TOKEN_SCALE+BIAS", gelu=1),
-    Stages(7, 3, 5, "TOKEN_SCALE+BIAS+GATE+RESIDUAL", gelu=1),
+    Stages(16, 2, 65, "TOKEN_SCALE+BIAS", activation=GELU),
+    Stages(7, 3, 5, "TOKEN_SCALE+BIAS+GATE+RESIDUAL", activation=GELU),
     Stages(100, 2, 67, "TOKEN_SCALE+BIAS+GATE+RESIDUAL"),
     Stages(144, 2, 66, "TOKEN_SCALE+BIAS", heads=2),
     Stages(60, 3, 3, "TOKEN_SCALE+BIAS", heads=20),
-    Stages(35, 1, 1, "TOKEN_SCALE+BIAS+GATE+RESIDUAL", gelu=1, heads=35),
+    Stages(35, 1, 1, "TOKEN_SCALE+BIAS+GATE+RESIDUAL", activation=GELU, heads=35),
+    Stages(40, 2, 65, "TOKEN_SCALE+BIAS", activation=SILU),
+    Stages(33, 2, 66, "TOKEN_SCALE+BIAS+GATE+RESIDUAL", activation=SILU, row_gates=True),
 ]
 OTHERS = [
     Stages(48, 2, 9, "TOKEN_SCALE"),
     Stages(17, 2, 9, "BIAS"),
     Stages(17, 2, 9, "GATE"),
-    Stages(32, 1, 130, "RESIDUAL", gelu=1),
-    Stages(18, 1, 0, "TOKEN_SCALE+BIAS+GATE+RESIDUAL", gelu=1),
+    Stages(17, 2, 9, "GATE", activation=SILU, row_gates=True),
+    Stages(32, 3, 7, "GATE", activation=GELU, row_gates=True),
+    Stages(32, 1, 130, "RESIDUAL", activation=GELU),
+    Stages(18, 1, 0, "TOKEN_SCALE+BIAS+GATE+RESIDUAL", activation=GELU),
     Stages(18, 2, 0, "TOKEN_SCALE+BIAS", heads=3),
 ]
 
@@ -74,7 +80,7 @@ def both(gemm, operand, stages):
     build = GraphBuilder(graph, end, "a")
     product, fused = packed_gemm(build, gemm, operand)
     node = fused.producer()
-    numbers = {"gelu": stages.gelu, "heads_out": stages.heads}
+    numbers = {"activation": stages.activation, "heads_out": stages.heads}
     connect(node, given, numbers)
     node.outputs[Out.Y].name = "y"
     ports = {token_chain.In[name]: value for name, value in given.items()} | {token_chain.In.X: product.value}

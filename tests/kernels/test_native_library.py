@@ -87,7 +87,7 @@ def test_every_declared_function_of_onnxruntime_is_called():
 
 def test_sessions_may_come_and_go():
     for _ in range(3):
-        sessions = [native.session(native.chain_model([native.In.X], [native.Out.Y], gelu=1)) for _ in range(2)]
+        sessions = [native.session(native.chain_model([native.In.X], [native.Out.Y], activation=1)) for _ in range(2)]
         for session in sessions:
             assert session.run(None, {"X": np.ones((1, 3), np.float32)})[0].shape == (1, 3)
 

@@ -11,7 +11,7 @@ from pipeline.backends.cpu import token_chain
 from pipeline.backends.cpu.finish_with_chain import QuantizeInGemm
 from pipeline.backends.cpu.native_ports import connect, ports_out
 from pipeline.backends.cpu.packed_gemm import Out, packed_gemm
-from pipeline.backends.cpu.token_chain import VERSION, chain_node, drop_unread_outputs
+from pipeline.backends.cpu.token_chain import VERSION, Activation, chain_node, drop_unread_outputs
 from plugins.cpu.library import DOMAIN
 from tests.kernels.test_native_packed_gemm import LAYERS, feeds_of, linear, operands, variant
 from tests.support import native
@@ -29,7 +29,7 @@ class Rows:
     n: int
     samples: int
     tokens: int
-    gelu: int = 0
+    activation: Activation = Activation.NONE
     residual: bool = False
     norm: bool = False
     fmt: str = "E2M3"
@@ -63,8 +63,8 @@ def chained(gemm, operand, rows):
     build = GraphBuilder(graph, end, "a")
     _, made = packed_gemm(build, gemm, operand)
     node = made.producer()
-    connect(node, {port: value for port, value in given.items() if "NORM" not in port}, {"gelu": rows.gelu})
-    if rows.gelu or rows.residual:
+    connect(node, {port: value for port, value in given.items() if "NORM" not in port}, {"activation": rows.activation})
+    if rows.activation or rows.residual:
         made = node.outputs[Out.Y]
         made.name, made.type = "y", FLOAT
     norm = {token_chain.In[port]: value for port, value in given.items() if "NORM" in port}
@@ -106,14 +106,14 @@ def compare(layer, rows, threads=2, runs=1):
 # Rows of no block, of one, and of more than are there at once; channels beyond a panel.
 CASES = [
     Rows(33, 1, 0),
-    Rows(33, 1, 1, gelu=1),
-    Rows(16, 2, 65, gelu=1),
+    Rows(33, 1, 1, activation=Activation.GELU),
+    Rows(16, 2, 65, activation=Activation.GELU),
     Rows(100, 3, 86, residual=True, norm=True),
-    Rows(48, 1, 256, gelu=1, limbs=2, fmt="E3M4"),
+    Rows(48, 1, 256, activation=Activation.GELU, limbs=2, fmt="E3M4"),
     Rows(40, 1, 257, norm=True, read=("QUANTIZED",)),
-    Rows(17, 5, 260, gelu=1, fmt="INT8"),
+    Rows(17, 5, 260, activation=Activation.SILU, fmt="INT8"),
     Rows(24, 2, 600, residual=True, read=("Y",)),
-    Rows(416, 3, 250, gelu=1, k=1152),  # 13 tasks for each of 3 blocks
+    Rows(416, 3, 250, activation=Activation.GELU, k=1152),  # 13 tasks for each of 3 blocks
     Rows(20, 1, 1100, residual=True, norm=True, limbs=2, fmt="E3M2", read=("QUANTIZED", "Y")),
 ]
 KINDS = [LAYERS[place] for place in (1, 6, 8, 12, 18)]
@@ -127,7 +127,7 @@ def test_codes_are_those_of_the_chain(variant, layer, rows):
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_no_order_of_threads_changes_those_of_the_chain(threads):
-    compare(LAYERS[1], Rows(400, 2, 700, gelu=1, k=1152), threads, runs=20)
+    compare(LAYERS[1], Rows(400, 2, 700, activation=Activation.GELU, k=1152), threads, runs=20)
 
 
 def test_only_a_token_that_is_not_finite_becomes_so():

@@ -85,7 +85,7 @@ static int epilogue(const char *variant) {
   PackedGemm gemm = read_packed_gemm();
   int64_t *number = read_bytes(5 * sizeof *number), size = gemm.rows * gemm.n;
   Epilogue it = {.n = gemm.n, .tokens = number[0], .rows_per_gate = number[1], .heads_out = number[2]};
-  it.gelu = number[3] != 0;
+  it.activation = (Activation)number[3];
   it.token_scale = read_floats(gemm.rows), it.bias = read_floats(gemm.n);
   if (number[4]) it.gate = read_floats(gemm.rows / it.rows_per_gate * gemm.n), it.residual = read_floats(size);
   it.linear = floats(size), it.y = floats(size);

@@ -34,6 +34,7 @@ from pipeline.backends.cpu.quantizers import Operand, rounding_factor
 from pipeline.backends.cpu.token_chain import (
     OP,
     VERSION,
+    Activation,
     In,
     Out,
     chain_node,
@@ -139,7 +140,9 @@ def chained_gemm(
 
 
 class AbsorbEpilogues(RewritePass):
-    """gelu(linear) * gate + residual, as far as the graph has these in this order -> the op that makes `linear`."""
+    """activation(linear) * gate + residual, as far as the graph has these in this order -> the op that makes `linear`.
+
+    The activation is GELU in the tanh form or SiLU, which graphs have as x * Sigmoid(x)."""
 
     def rewrite(self, model: ir.Model) -> None:
         for node in [node for node in model.graph if finishes(node)]:
@@ -148,29 +151,48 @@ class AbsorbEpilogues(RewritePass):
         drop_unused(model)
 
     def _absorb(self, node: ir.Node) -> None:
-        linear = last = ports_out(node)["LINEAR"]
-        gelu, inputs = read_by(linear, "Gelu"), {}
-        has_gelu = gelu is not None and attribute(gelu, "approximate", "none") == "tanh"
-        last = result_of(gelu) if gelu is not None and has_gelu else linear
-        for op_type, port, fits in (("Mul", "GATE", _is_gate), ("Add", "RESIDUAL", _is_residual)):
+        linear = ports_out(node)["LINEAR"]
+        activation, last = _activated(linear)
+        inputs = {}
+        for op_type, port, fits in (("Mul", "GATE", _is_gate), ("Add", "RESIDUAL", _has_shape_of)):
             reader = read_by(last, op_type)
             if reader is not None and fits(other_input(reader, last), last):
                 inputs[port], last = other_input(reader, last), result_of(reader)
         if last is linear:
             return
-        connect(node, inputs, {"gelu": int(has_gelu)})
+        connect(node, inputs, {"activation": activation})
         make_instead(node, [("Y", last)])
         self.fired += 1
 
 
+def _activated(linear: ir.Value) -> tuple[Activation, ir.Value]:
+    """(which activation alone reads `linear`, its result); NONE and `linear` where others read it, or no activation."""
+    gelu = read_by(linear, "Gelu")
+    if gelu is not None and attribute(gelu, "approximate", "none") == "tanh":
+        return Activation.GELU, result_of(gelu)
+    silu = _silu(linear)
+    return (Activation.NONE, linear) if silu is None else (Activation.SILU, silu)
+
+
+def _silu(x: ir.Value) -> ir.Value | None:
+    """x * Sigmoid(x) if nothing else reads x or its sigmoid, else None."""
+    readers = [use.node for use in x.uses()]
+    sigmoid = next((result_of(node) for node in readers if is_op(node, "Sigmoid")), None)
+    product = read_by(sigmoid, "Mul") if sigmoid is not None else None
+    if sigmoid is None or product is None or other_input(product, sigmoid) is not x:
+        return None
+    return None if len(readers) > 2 or x.is_graph_output() else result_of(product)
+
+
 def _is_gate(gate: ir.Value, value: ir.Value) -> bool:
-    """Computed by the model. A stored vector is the balance in front of a quantizer, whose input a gate looks at."""
-    return gate.const_value is None and not misfit(gate, value)
+    """Computed by the model: one row for all rows of a sample, or one for each. A stored vector is the balance in front
+    of a quantizer, whose input a gate looks at."""
+    return gate.const_value is None and (not misfit(gate, value) or _has_shape_of(gate, value))
 
 
-def _is_residual(residual: ir.Value, value: ir.Value) -> bool:
-    """Known to have the shape of `value`, so that nothing is broadcast."""
-    shape, expected = residual.shape, value.shape
+def _has_shape_of(other: ir.Value, value: ir.Value) -> bool:
+    """Is `other` known to have the shape of `value`, so that nothing is broadcast?"""
+    shape, expected = other.shape, value.shape
     if shape is None or expected is None or not all(isinstance(size, int) or size.value for size in shape):
         return False
     return bool(shape.rank() > 1) and shape == expected

@@ -15,7 +15,7 @@ from export.dialect.graph import GraphBuilder
 from export.formats.operands import largest_code
 from pipeline.backends.cpu.gemms import Product
 from pipeline.backends.cpu.quantizers import Operand
-from pipeline.backends.cpu.token_chain import ATTRIBUTES, Number
+from pipeline.backends.cpu.token_chain import ATTRIBUTES, Activation, Number
 from pipeline.passes.quantized_gemm import QuantizedGemm
 from plugins.cpu.library import DOMAIN
 
@@ -113,7 +113,7 @@ def packed_gemm(
         "largest_code": largest_code(gemm.activation, len(codes)),
         "largest_weight": 0 if table else gemm.weight_kmax,
         "group_size": 0 if multipliers is None else gemm.group_size,
-        "gelu": 0,
+        "activation": Activation.NONE,
         "heads_out": 0,
     }
     places = [inputs.get(place) for place in In]

@@ -37,12 +37,20 @@ class Out(IntEnum):
     LOW_CODES = 5
 
 
+class Activation(IntEnum):
+    """What attribute `activation` says: plugins/cpu/epilogue.h has the same numbers."""
+
+    NONE = 0
+    GELU = 1  # the tanh form
+    SILU = 2
+
+
 Number = int | float
 # Attributes and the value of those that belong to an absent stage.
 ATTRIBUTES: dict[str, Number] = {
     "heads_in": 0,
     "heads_out": 0,
-    "gelu": 0,
+    "activation": Activation.NONE,
     "epsilon": 0.0,
     "absmax_floor": float(ABSMAX_FLOOR),
     "max_value": 1.0,

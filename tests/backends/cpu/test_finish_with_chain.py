@@ -12,7 +12,7 @@ from pipeline.backends.cpu.engine import provided
 from pipeline.backends.cpu.finish_with_chain import finish_with_chains
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.native_ports import finishes, ports_in, ports_out
-from pipeline.backends.cpu.token_chain import drop_unread_outputs, is_chain
+from pipeline.backends.cpu.token_chain import Activation, drop_unread_outputs, is_chain
 from pipeline.passes import run_shared
 from tests.support import learned, native
 from tests.support.portable import portable, random_linear, run
@@ -35,7 +35,7 @@ BLOCK = """
   y = Add(c, sum)
 """.replace("{ones}", ", ".join(["1.0"] * 64))
 SHAPES = dict.fromkeys(("norm", "modulated", "a/output", "gated", "sum", "b/output", "act", "c/output"), ("B", "S", 64))
-SHAPES["mean"] = ("B", 1, 64)
+SHAPES |= {"mean": ("B", 1, 64), "token": ("B", "S", 1)}
 SHAPES |= dict.fromkeys(("qs", "ks", "vs", "turned"), ("B", "S", 4, 16)) | dict.fromkeys(
     ("qt", "vt", "o"), ("B", 4, "S", 16)
 )
@@ -87,6 +87,12 @@ def stages(model):
     return [("+".join(ports), "+".join(ports_out(node))) for ports, node in zip(given, nodes, strict=True)]
 
 
+def activations(model):
+    """By layer; by its own name where a linear leaves the graph."""
+    nodes = [node for node in model.graph if finishes(node)]
+    return {ports_out(node)["LINEAR"].name.split("/")[0]: node.attributes["activation"].value for node in nodes}
+
+
 def feeds(seed=0, batch=2, tokens=5):
     rng = np.random.default_rng(seed)
     each = dict.fromkeys(("shift", "scale", "gate"), (batch, 1, 64)) | dict.fromkeys("xh", (batch, tokens, 64))
@@ -109,7 +115,7 @@ def test_a_block_becomes_a_quantizer_and_three_gemms_that_quantize_their_rows():
     ]
     types = Counter(node.op_type for node in model.graph)
     assert types == {"TokenChain": 1, "PackedGemm": 3, "Add": 1}
-    assert [node.attributes["gelu"].value for node in model.graph if finishes(node)] == [0, 1, 0]
+    assert activations(model) == {"a": Activation.NONE, "b": Activation.GELU, "c": Activation.NONE}
     assert model.graph.opset_imports["fpq.native"] == 1
     assert not any(rewrite.refusals for rewrite in passes.values())
 
@@ -182,11 +188,15 @@ BALANCED = BLOCK.replace(
     "  c = ",
     f"  balance = Constant <value_floats = [{', '.join(['0.5'] * 64)}]> ()\n  half = Mul(act, balance)\n  c = ",
 ).replace("(act)", "(half)")
+OF_TOKENS = BLOCK.replace(
+    "  gated = Mul(gate, a)",
+    "  axes = Constant <value_ints = [2]> ()\n  token = ReduceMean <keepdims = 1> (h, axes)\n  gated = Mul(token, a)",
+)
 NEVER = {
     "a balance is no gate": (BALANCED, {"b": "BIAS"}, ["Mul"]),
     "another GELU": (BLOCK.replace("tanh", "none"), {"a": "RESIDUAL", "b": "BIAS", "c": "RESIDUAL"}, ["Gelu"]),
     "a second reader": (BLOCK + "\n  z = Neg(b)", {"b": "BIAS"}, ["Gelu", "Neg"]),
-    "a gate for each token": (BLOCK.replace("Mul(gate, a)", "Mul(h, a)"), {"a": "BIAS"}, ["Mul", "Add"]),
+    "a gate of one number a token": (OF_TOKENS, {"a": "BIAS"}, ["Mul", "Add"]),
     "a broadcast residual": (BLOCK.replace("Add(gated, h)", "Add(gated, shift)"), {"a": "GATE"}, ["Add"]),
 }
 
@@ -203,6 +213,105 @@ def test_what_is_not_the_pattern_stays(case):
     assert set(kept) <= {node.op_type for node in model.graph}
     stock = run(lowered(body, outputs=outputs)[0], feeds())[0]
     assert np.linalg.norm(native.run(model, feeds())[0] - stock) <= 1e-2 * np.linalg.norm(stock)
+
+
+# As causal language models have it: what a linear makes of x, through SiLU, is a gate for what another one makes of it.
+GATED = """
+  a = fpq.QuantizedLinear <layer="a"> (x)
+  s = Sigmoid(a)
+  act = Mul(a, s)
+  b = fpq.QuantizedLinear <layer="b"> (x)
+  gated = Mul(act, b)
+  y = fpq.QuantizedLinear <layer="c"> (gated)
+"""
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "body, activation",
+    [
+        (GATED, Activation.SILU),
+        (GATED.replace("Mul(a, s)", "Mul(s, a)").replace("Mul(act, b)", "Mul(b, act)"), Activation.SILU),
+        (
+            GATED.replace("  s = Sigmoid(a)\n", "").replace("Mul(a, s)", 'Gelu <approximate="tanh"> (a)'),
+            Activation.GELU,
+        ),
+        (GATED.replace("  s = Sigmoid(a)\n  act = Mul(a, s)\n", "").replace("act", "a"), Activation.NONE),
+    ],
+    ids=["silu", "silu, turned round", "gelu", "none"],
+)
+def test_what_is_gated_by_another_linear_is_finished_and_quantized_in_its_gemm(body, activation):
+    model, passes = rewritten(body, "float[B,S,64] x")
+    assert Counter(stages(model)) == {
+        ("X", "CODES+SCALE"): 1,
+        ("TOKEN_SCALE+BIAS", "PRODUCT+LINEAR"): 2,  # b, which the gate is, and c
+        ("TOKEN_SCALE+BIAS+GATE", "PRODUCT+LINEAR+Y+CODES+SCALE"): 1,
+    }
+    assert Counter(node.op_type for node in model.graph) == {"TokenChain": 1, "PackedGemm": 3}
+    assert activations(model) == {"a": activation, "b": Activation.NONE, "y": Activation.NONE}
+    assert not any(rewrite.refusals for rewrite in passes.values())
+    x, names = {"x": feeds()["x"]}, ["gated"]
+    expected = run(with_outputs(lowered(body, "float[B,S,64] x")[0], names), x, names)[0]
+    gated = native.run(with_outputs(model, names), x, names)[0]
+    np.testing.assert_allclose(gated, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.kernels
+def test_where_the_gate_is_made_first_it_is_multiplied_there():
+    first, rest = GATED.split('  b = fpq.QuantizedLinear <layer="b"> (x)\n')
+    body = '  b = fpq.QuantizedLinear <layer="b"> (x)' + first + rest
+    model, _ = rewritten(body, "float[B,S,64] x")
+    assert [given for given, _ in stages(model)].count("TOKEN_SCALE+BIAS+GATE") == 1
+    assert Counter(node.op_type for node in model.graph) == {"TokenChain": 1, "PackedGemm": 3}
+    assert activations(model) == {"a": Activation.SILU, "b": Activation.NONE, "y": Activation.NONE}
+    x = {"x": feeds()["x"]}
+    np.testing.assert_array_equal(native.run(model, x)[0], native.run(rewritten(GATED, "float[B,S,64] x")[0], x)[0])
+
+
+@pytest.mark.kernels
+def test_silu_behind_a_gemm_of_stock_ops_is_of_its_chain():
+    groups = {"granularity": "group", "group": 4}  # no multiple of 8
+    model, _ = rewritten(GATED, "float[B,S,64] x", **groups)
+    assert ("X+TOKEN_SCALE+BIAS+GATE", "CODES+SCALE+Y+LINEAR") in stages(model)
+    assert activations(model) == {"a": Activation.SILU, "b": Activation.NONE, "y": Activation.NONE}
+    assert not {"Sigmoid", "Mul"} & {node.op_type for node in model.graph}
+    x, names = {"x": feeds()["x"]}, ["gated"]
+    expected = run(with_outputs(lowered(GATED, "float[B,S,64] x", **groups)[0], names), x, names)[0]
+    gated = native.run(with_outputs(model, names), x, names)[0]
+    np.testing.assert_allclose(gated, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+NO_SILU = {
+    "the sigmoid of something else": GATED.replace("Sigmoid(a)", "Sigmoid(x)"),
+    "the sigmoid times something else": GATED.replace("Mul(a, s)", "Mul(x, s)"),
+    "a sigmoid alone": GATED.replace("Mul(a, s)", "Neg(s)"),
+    "a sigmoid that others read": GATED + "  z = Neg(s)\n",
+    "a linear that others read": GATED + "  z = Neg(a)\n",
+    "the square of the sigmoid": GATED.replace("Mul(a, s)", "Mul(s, s)"),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("case", NO_SILU)
+def test_what_is_not_silu_stays(case):
+    body = NO_SILU[case]
+    outputs = "float[B,S,64] y" + (", float[B,S,64] z" if "z =" in body else "")
+    model, _ = rewritten(body, "float[B,S,64] x", outputs)
+    assert set(activations(model).values()) == {Activation.NONE}
+    assert "Sigmoid" in {node.op_type for node in model.graph}
+    x = {"x": feeds()["x"]}
+    stock = run(lowered(body, "float[B,S,64] x", outputs)[0], x)[0]
+    assert np.linalg.norm(native.run(model, x)[0] - stock) <= 1e-2 * np.linalg.norm(stock)
+
+
+@pytest.mark.parametrize("outputs", ["a", "s"])
+def test_what_leaves_the_graph_within_silu_keeps_it(outputs):
+    model, _ = lowered(GATED, "float[B,S,64] x", chains=True)
+    name = {"a": "a/output"}.get(outputs, outputs)
+    with_outputs(model, [name])
+    finish_with_chains(model)
+    assert activations(model)["a"] == Activation.NONE
+    assert "Sigmoid" in {node.op_type for node in model.graph}
 
 
 @pytest.mark.parametrize("weight", ["E2M1", "E2M3", "INT8"])
