@@ -17,6 +17,7 @@ from export.dialect.graph import (
     attribute,
     drop_unused,
     inputs_of,
+    is_op,
     new_node,
     only_reader,
     other_input,
