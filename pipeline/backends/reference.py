@@ -206,8 +206,8 @@ class FakeQuantLinear(nn.Module):
         return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], self.out_features)
 
 
-# Scores that are held at a time, [queries, Tk]: 2 MiB in float64, or what one query has. They stay in the cache, and in
-# one array: with a new one of 32 MiB for each operation most time went into memory from the system.
+# Scores that are held at a time, [queries, Tk]: 2 MiB in float64, or what one query has. They stay in the cache, and
+# each operation works in place: most time would else go into memory from the system.
 SCORES_AT_ONCE = 2**18
 
 
@@ -222,7 +222,7 @@ def quantized_attention(
 ) -> torch.Tensor:
     """QuantizedAttention of the dialect in the float type of q: q [B, H, Tq, D], k and v [B, H, Tk, D] -> as q.
 
-    centre: take the mean over the tokens out of k, as the op does; studies leave it in.
+    centre: take the mean over the tokens out of k, as the op does; studies leave it in. No gradients go through it.
     """
     qk, pv = get_format(formats.qk), get_format(formats.pv)
     centred = k - k.mean(dim=-2, keepdim=True, dtype=torch.float64).to(k.dtype) if centre else k

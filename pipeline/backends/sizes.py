@@ -1,4 +1,4 @@
-"""Sizes that a graph says by an expression of others, as onnxruntime's inference of shapes writes them."""
+"""Sizes that a graph says by an expression of others, such as `head_bytes` of plugins/cpu/attention_operands.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluated(expression: str, sizes: Mapping[str, int]) -> int | None:
         return sizes[expression]
     try:
         return _number(ast.parse(expression, mode="eval").body, sizes)
-    except (SyntaxError, ValueError, ZeroDivisionError):
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 

@@ -170,9 +170,14 @@ def _products(op_type: str, inputs: list[list[int]], output: list[int]) -> float
 
 @cache
 def _keys(head: int, size: int) -> int:
-    """How many keys of `size` channels have operands of so many bytes for a head: whole octets, as the op has them."""
-    of_keys = (evaluated(head_bytes("keys", size), {"keys": keys}) for keys in count(OCTET, OCTET))
-    return OCTET * (1 + next(place for place, needed in enumerate(of_keys) if needed is None or needed >= head))
+    """How many keys of `size` channels have operands of so many bytes for a head: whole octets, of 257 keys 264."""
+    return next(keys for keys in count(OCTET, OCTET) if _head_bytes(keys, size) >= head)
+
+
+def _head_bytes(keys: int, size: int) -> int:
+    needed = evaluated(head_bytes("keys", size), {"keys": keys})
+    assert needed is not None
+    return needed
 
 
 def _weight_bytes(op_type: str, inputs: list[tuple[str, list[int]]]) -> int:

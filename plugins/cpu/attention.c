@@ -16,13 +16,13 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-/* Weights are powers of 2: this, log2(e), is in the factor of the queries and in the mask. */
-static const double LOG2_E = 1.4426950408889634;
-/* An exponent of LEAST or less weighs nothing; that of the least weight, LEAST + 1, still makes normal numbers. */
+/* A weight of a score so far below the largest that its power of 2 is LEAST or less is 0; that of LEAST + 1 still makes
+ * normal numbers. LEAST_EXPONENT: the natural exponent of that. */
 enum { LEAST = -126 };
-/* 2^(r + 1) for |r| <= 1/2, from the highest power of r down: fitted to the least relative error, 2^-29; with all
- * roundings it is below 2^-23. */
-static const float POWER_OF_TWO[] = {3.0691625e-4f, 2.6799862e-3f, 1.9236978e-2f, 0.11100657f, 0.48045292f, 1.3862944f, 2.0f};
+static const float LEAST_EXPONENT = -87.33655f;
+/* 2 exp(r) for |r| <= ln(2) / 2, from the highest power of r down: fitted to the least relative error, 2^-29; with all
+ * roundings it is below 2^-23, contracted or not. */
+static const float TWICE_EXP[] = {2.767359e-3f, 1.6749714e-2f, 8.333646e-2f, 0.3333284f, 0.9999998f, 2.0f, 2.0f};
 enum { VECTORS = 3 }; /* of queries, at most, that a panel has: with as many rows of a tile as there are registers for */
 
 typedef struct Loops {
@@ -114,16 +114,15 @@ static int64_t panel_width(int64_t left, int64_t lanes) {
 static void add_mask(
     const Loops *use, const float *mask, const int64_t *step, int64_t keys, int64_t count, int64_t width, float *turned,
     float *scores) {
-  const float factor = (float)LOG2_E;
   if (step[2] && step[3] == 1) {
     use->turn(mask, step[2], count, keys, turned, width);
     ELEMENTWISE
-    for (int64_t i = 0; i < keys * width; i++) scores[i] += turned[i] * factor;
+    for (int64_t i = 0; i < keys * width; i++) scores[i] += turned[i];
     return;
   }
   for (int64_t key = 0; key < keys; key++, mask += step[3], scores += width) {
     ELEMENTWISE
-    for (int64_t query = 0; query < count; query++) scores[query] += mask[query * step[2]] * factor;
+    for (int64_t query = 0; query < count; query++) scores[query] += mask[query * step[2]];
   }
 }
 
@@ -132,7 +131,7 @@ void attention_block(
   const Loops *use = loops();
   const int64_t size = attention->size, *step = attention->mask_step;
   const int64_t part = sample * attention->heads + head, row = (part * attention->queries + first) * size;
-  const float factor = (float)(attention->scale * LOG2_E), *mask = attention->mask;
+  const float *mask = attention->mask;
   Scratch scratch;
   lay_out(size, memory, &scratch);
   if (mask) mask += sample * step[0] + head * step[1] + first * step[2];
@@ -140,7 +139,7 @@ void attention_block(
     width = panel_width(count - at, use->lanes);
     int64_t queries = count - at < width ? count - at : width;
     use->turn(attention->q + row + at * size, size, queries, size, scratch.q + at * size, width);
-    use->scale(scratch.q + at * size, factor, size * width);
+    use->scale(scratch.q + at * size, attention->scale, size * width);
     memset(scratch.sums + at * size, 0, (size_t)(size * width) * sizeof(float));
     for (int64_t i = at; i < at + width; i++) scratch.largest[i] = -INFINITY, scratch.total[i] = 0;
   }

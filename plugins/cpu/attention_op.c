@@ -7,7 +7,6 @@
 #include "quantized_attention.h"
 #include "scratch.h"
 
-
 typedef struct Kernel {
   const Api *api;
   QuantizedAttention options; /* attributes; the other fields are those of one call */
@@ -230,7 +229,7 @@ static Status *compute_quantized(void *data, KernelContext *context) {
   if (!work.operands) return out_of_memory(api);
   if (work.operands != given) memcpy(work.operands, given, (size_t)in[OF_OPERANDS].count);
   int64_t rows = quantized_attention_rows(&work.attention);
-  Status *status = run_blocks(api, context, run_quantized_block, rows, QUERIES_AT_ONCE, &work);
+  Status *status = run_blocks(api, context, run_quantized_block, rows, quantized_attention_at_once(), &work);
   if (work.operands != given) give_scratch(work.operands);
   return status;
 }

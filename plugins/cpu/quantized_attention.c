@@ -14,6 +14,7 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
+enum { QUERIES_AT_ONCE = 12 }; /* that whole tiles of every instruction set but AMX make up, by rows */
 enum { SCORES_BYTES = 400 << 10, MOST_ROWS = 22 * QUERIES_AT_ONCE, STAGGER = 16, KEY_BLOCK = 512 };
 
 /* Floats from one row of scores to the next: no power of two, of which few rows would share a set of the cache. */
@@ -188,6 +189,7 @@ static void block_by_rows(
 /* --- which block --------------------------------------------------------------------------------------------------- */
 
 typedef struct Blocks {
+  int64_t at_once;
   int64_t (*rows)(const QuantizedAttention *);
   int64_t (*scratch)(const QuantizedAttention *);
   void (*block)(const QuantizedAttention *, int64_t, const HeadOperands *, int64_t, int64_t, void *);
@@ -196,11 +198,12 @@ typedef struct Blocks {
 static Blocks blocks(void) {
 #if defined(__x86_64__)
   if (packed_gemm_chosen() == &PACKED_GEMM_AVX512_VNNI)
-    return (Blocks){quantized_attention_vnni_rows, quantized_attention_vnni_scratch, quantized_attention_vnni_block};
+    return (Blocks){MOST_LANES, quantized_attention_vnni_rows, quantized_attention_vnni_scratch, quantized_attention_vnni_block};
 #endif
-  return (Blocks){rows_of_block, scratch_of_block, block_by_rows};
+  return (Blocks){QUERIES_AT_ONCE, rows_of_block, scratch_of_block, block_by_rows};
 }
 
+int64_t quantized_attention_at_once(void) { return blocks().at_once; }
 int64_t quantized_attention_rows(const QuantizedAttention *attention) { return blocks().rows(attention); }
 int64_t quantized_attention_scratch(const QuantizedAttention *attention) { return blocks().scratch(attention); }
 

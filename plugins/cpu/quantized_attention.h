@@ -19,7 +19,6 @@ typedef struct QuantizedAttention {
 } QuantizedAttention;
 
 enum { WEIGHT_STEPS = 255 };
-enum { QUERIES_AT_ONCE = 12 }; /* that whole tiles of every instruction set but AMX make up */
 /* As export/dialect/reference.py has it: sums of weights, 255 * MOST_KEYS < 2^24, are exact in float32, and those of
  * their products with bytes in 32 bits. */
 enum { MOST_KEYS = 65793 };
@@ -67,8 +66,9 @@ void quantized_attention_queries(
 void quantized_attention_weigh(
     float *scores, int64_t stride, int64_t rows, int64_t keys, uint8_t *weights, float *scale);
 
-/* Queries of a block, and bytes of scratch for one, both as packed_gemm_chosen() has them: so that scores stay in the
- * second-level cache; a multiple of QUERIES_AT_ONCE. */
+/* As packed_gemm_chosen() has them: queries that make up whole tiles; the most of a block, a multiple of these, so that
+ * scores stay in the second-level cache; and bytes of scratch for one. */
+int64_t quantized_attention_at_once(void);
 int64_t quantized_attention_rows(const QuantizedAttention *);
 int64_t quantized_attention_scratch(const QuantizedAttention *);
 /* Queries first..first + count - 1 of head `part`. */

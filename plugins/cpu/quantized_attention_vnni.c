@@ -31,7 +31,6 @@ static int64_t most_vectors(int64_t keys) {
   return vectors < 1 ? 1 : vectors > MOST_VECTORS ? MOST_VECTORS : vectors;
 }
 
-
 typedef struct Memory {
   uint8_t *q;                  /* codes of a panel's queries, one after another, and a span more */
   int32_t *quads;              /* the same, [size / 4, width] */

@@ -52,7 +52,7 @@ VARIANTS int32_t weights_of(const float *scores, float largest, float bound, uin
     for (int j = 0; j < SPAN; j++) {
       float x = scores[i + j] - largest;
       x = x > -bound ? x : -bound;
-      rounded[j] = exponential(x) * (float)WEIGHT_STEPS + MAGIC; /* whose lowest bits are the code */
+      rounded[j] = weight_of(x) + MAGIC; /* whose lowest bits are the code */
     }
     Integers codes = *(const Integers *)rounded;
     store_bytes(&codes, weights + i);
@@ -94,7 +94,7 @@ TARGET_AVX2 INLINE __m256i weight_codes_avx2(__m256 scores, __m256 largest) {
   __m256 n = _mm256_sub_ps(shifted, _mm256_set1_ps(MAGIC));
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693147181f), x), p = _mm256_set1_ps(WEIGHT_POLYNOMIAL[0]);
 #pragma GCC unroll 5
-  for (int power = 1; power < 6; power++) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(WEIGHT_POLYNOMIAL[power]));
+  for (int power = 1; power < WEIGHT_TERMS; power++) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(WEIGHT_POLYNOMIAL[power]));
   __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23); /* the lowest bits of `shifted` are n */
   return _mm256_cvtps_epi32(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
 }

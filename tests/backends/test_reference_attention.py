@@ -49,10 +49,11 @@ def test_every_kind_of_format(formats: AttentionFormats, dtype: torch.dtype) -> 
     assert (np.abs(in_torch(given, formats, scale, dtype) - in_numpy(given, formats, scale)) <= limit.error).all()
 
 
-def test_heads_that_are_computed_one_by_one_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("queries", [1, 4])
+def test_few_queries_at_a_time_give_the_same(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given, scale = operands(2, 3, 9, 33, 72, mask="partial"), 72**-0.5
     whole = in_torch(given, INT8, scale, torch.float32)
-    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", queries * 33)
     np.testing.assert_array_equal(in_torch(given, INT8, scale, torch.float32), whole)
 
 

@@ -265,7 +265,7 @@ def test_attention_is_within_its_bound(machine, shape, axes):
 
 @pytest.mark.parametrize("shape", [(1, 2, 7, 5, 72), (1, 1, 30, 1100, 33), (2, 1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("formats", [("INT8", "INT8"), ("E2M3", "INT6"), ("INT8", "E2M3")], ids=str)
-def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
+def test_attention_of_codes_is_within_its_bound_and_the_same_everywhere(machine, shape, formats):
     given = operands_of_attention(*shape, mask="penalty")
     step = [0 if size == 1 else stride // 4 for size, stride in zip(given.mask.shape, given.mask.strides, strict=True)]
     rows = [list(grid_numbers(get_format(name)).values()) for name in formats]
@@ -274,9 +274,13 @@ def test_attention_of_codes_is_within_its_bound(machine, shape, formats):
     arrays += [given.mask] if given.mask.size > 1 else []
     if given.mask.size == 1:
         given = given._replace(mask=np.zeros_like(given.mask))
-    for result in run_variants(machine, [], [grids, *arrays], "quantized_attention"):
-        probe = AttentionProbe(*given, result.reshape(given.q.shape))
-        assert check_attention(probe, AttentionNumbers(*formats, 0.125)).output_error <= 1
+    results = run_variants(machine, [], [grids, *arrays], "quantized_attention")
+    here = Machine([driver("strict", library.compiler(), STRICT, KERNELS)], VARIANTS, all_run=False)
+    results += run_variants(here, [], [grids, *arrays], "quantized_attention")
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+    probe = AttentionProbe(*given, results[0].reshape(given.q.shape))
+    assert check_attention(probe, AttentionNumbers(*formats, 0.125)).output_error <= 1
 
 
 @pytest.mark.slow
@@ -288,7 +292,7 @@ def test_the_ops_in_onnxruntime_under_sanitizers():
     ops = ("chain", "limbs", "epilogue", "attention", "quantized_attention", "half_gemm", "packed_gemm")
     files = [f"tests/kernels/test_native_{name}.py" for name in (*ops, "quantized_rows")]
     names = ("odd_shapes", "left_out", "heads", "all_stages", "do_not_fit", "does_not_fit", "in_turn", "nan")
-    of_attention = ("masks", "without_any_key", "not_finite", "no_byte", "row_of_zeros")
+    of_attention = ("masks", "several_panels", "same_bits", "without_any_key", "not_finite", "no_byte", "row_of_zeros")
     of_gemms = ("every_float16", "damaged", "no_rows", "sums_of_groups", "nobody_reads", "be_exact", "by_the_weights")
     of_rows = ("of_the_chain",)
     chosen = " or ".join((*names, *of_attention, *of_gemms, *of_rows))

@@ -36,8 +36,7 @@ def attend(q, k, v, mask=None, scale=0.125):
 def reference(q, k, v, mask=None, scale=0.125):
     """(softmax(scale q k' + mask) v in float64, bound of the float32 error).
 
-    With u = 2^-24: scores are sums of `size` products of a scaled q (two roundings: scale log2 e has one of its own),
-    so they are off by (size + 2) u scale |q| |k|,
+    With u = 2^-24: scores are sums of `size` products of a scaled q, so they are off by (size + 2) u scale |q| |k|,
     the largest of their row being taken off adds 2 u of its magnitude; a weight is off by as much, relatively, and by
     2^-22 of exp. The mean of v, weighted by these, is off by twice that (numerator and denominator) and by the
     roundings of a sum over the keys, which is done block by block: (keys + 2) u, each relative to the mean of |v|.
@@ -84,6 +83,16 @@ def test_masks_of_every_form(axes, hidden):
         mask[...] = 0.5
     mask = mask.astype(np.float32)
     expected, bound = reference(q, k, v, mask)
+    assert (np.abs(attend(q, k, v, mask) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("hidden", [float(np.finfo(np.float32).min), -2.5e38, -(2.0**100), -1e4])
+def test_a_query_whose_keys_are_all_hidden_by_numbers_gets_their_mean(hidden):
+    """As in PyTorch: a sum with so large a number is that number; with -10000 a score still counts."""
+    q, k, v = tensors((1, 2, 20, 150, 16))
+    mask = np.full((1, 1, 20, 150), np.float32(hidden))
+    mask[0, 0, 7:, :100] = 0
+    expected, bound = reference(q, k, v, mask) if hidden == -1e4 else reference(*(q * (mask[..., :1] == 0), k, v), mask)
     assert (np.abs(attend(q, k, v, mask) - expected) <= bound).all()
 
 

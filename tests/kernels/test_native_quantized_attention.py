@@ -1,5 +1,7 @@
 """The kernel library's attention of codes against the op of the dialect, on each instruction set of this processor."""
 
+import platform
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -80,7 +82,7 @@ def test_every_instruction_set_gives_the_same_bits(shape, axes):
                 results.append(attend(tensors, AttentionFormats("E2M3", "INT8")))
     finally:
         force(None)
-    assert results
+    assert len(results) > 1 or platform.machine() != "x86_64"
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
 
