@@ -154,7 +154,10 @@ def _block(session: InferenceSession, fed: Arrays) -> Arrays | None:
         places.append((output.name, dtype, known, end))
         end += -(-math.prod(known) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
     # Not from the C library: when so large a block is freed, it takes smaller ones from its heap, which then has holes.
-    block = np.frombuffer(private_memory(end), np.uint8)
+    try:
+        block = np.frombuffer(private_memory(end), np.uint8)
+    except (OSError, OverflowError, ValueError):  # no bytes, or more than there are: onnxruntime's own run says which
+        return None
     return {
         name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         for name, dtype, shape, start in places

@@ -62,7 +62,7 @@ def attention_rows(model: onnx.ModelProto) -> dict[str, AttentionRow]:
     operands = {
         node.output[0]: tuple(node.input)
         for node in model.graph.node
-        if (node.op_type, node.domain) == (OPERANDS, library.DOMAIN)
+        if (node.op_type, node.domain) == (OPERANDS, library.DOMAIN) and node.output
     }
     for node in model.graph.node:
         if node.op_type != ATTENTION:

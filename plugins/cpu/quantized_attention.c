@@ -51,18 +51,21 @@ static int64_t lay_out(const QuantizedAttention *attention, char *memory, Memory
 
 static int64_t scratch_of_block(const QuantizedAttention *attention) { return lay_out(attention, NULL, NULL); }
 
+/* x - y modulo 2^32: operands that were damaged may be anything. */
+static inline int32_t less(int32_t x, int32_t y) { return (int32_t)((uint32_t)x - (uint32_t)y); }
+
 /* Sums of a panel of keys, `apart` from row to row, -> scores. zero: of the codes of q, which the sums hold too much of
  * the keys for. */
 VARIANTS void scores_of_panel(
     const int32_t *sums, int64_t apart, int64_t rows, int32_t zero, const int32_t *key_sum, const float *key_scale,
     const float *scale, float *scores, int64_t stride) {
   int32_t of_zero[PANEL];
-  for (int i = 0; i < PANEL; i++) of_zero[i] = zero * key_sum[i];
+  for (int i = 0; i < PANEL; i++) of_zero[i] = (int32_t)((uint32_t)zero * (uint32_t)key_sum[i]);
   for (int64_t row = 0; row < rows; row++) {
     float factor = scale[row];
     FEW_ELEMENTS
     for (int i = 0; i < PANEL; i++)
-      scores[row * stride + i] = (float)(sums[row * apart + i] - of_zero[i]) * factor * key_scale[i];
+      scores[row * stride + i] = (float)less(sums[row * apart + i], of_zero[i]) * factor * key_scale[i];
   }
 }
 

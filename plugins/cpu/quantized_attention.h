@@ -11,7 +11,7 @@ typedef struct Grid {
 
 /* As fpq.QuantizedAttention has it: q and k less its mean over the tokens are quantized by token, v by channel over the
  * tokens, the weights exp(score - largest of the row) in steps of 1 / 255; all sums of products are exact. NaN and
- * infinity: a query gives NaN for itself, a key or a value for all that it can reach. Without any key, out is 0. */
+ * infinity: a query gives NaN for itself, a key or a value for all that it can reach. There must be a key. */
 typedef struct QuantizedAttention {
   Attention tensors;
   Grid qk, pv;

@@ -138,7 +138,8 @@ TARGET INLINE void score_tile(
   const int64_t width = vectors * LANES;
   float *scores = memory->scores + first * width;
   int32_t start[ROWS];
-  for (int row = 0; row < ROWS; row++) start[row] = -zero * operands->key_sum[first + row];
+  for (int row = 0; row < ROWS; row++) /* modulo 2^32: operands that were damaged may be anything */
+    start[row] = (int32_t)(0 - (uint32_t)zero * (uint32_t)operands->key_sum[first + row]);
   const int8_t *panel = operands->keys + first / PANEL * PANEL * wide + first % PANEL * QUAD;
   TILES[vectors - 1](memory->quads, panel, wide / QUAD, start, 0, (int32_t *)scores);
   Largest so_far = *largest;

@@ -68,8 +68,8 @@ static int label_misfit(const Label *label, const Label *expected, char why[MOST
                     "same attention", (long long)label->size, (long long)expected->size);
   for (int i = 0; i < NUMBERS; i++)
     if (memcmp(label->numbers + i, expected->numbers + i, sizeof *label->numbers))
-      return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of another format, with %s %g where this attention has "
-                      "%g; give those of the same attention", NUMBER_NAMES[i], (double)label->numbers[i],
+      return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of another format, with %s %.9g where this attention has "
+                      "%.9g; give those of the same attention", NUMBER_NAMES[i], (double)label->numbers[i],
                       (double)expected->numbers[i]);
   return 0;
 }
@@ -94,8 +94,8 @@ int quantized_attention_misfit(
   quantized_attention_label(attention, line);
   for (int64_t head = 0; head < heads; head++)
     if (memcmp(tensor + head * bytes, line, LABEL_BYTES))
-      return snprintf(why, MOST_WORDS, "QuantizedAttention: operands of head %lld of %lld are damaged: they say other than "
-                      "those of the first; let AttentionOperands make them again", (long long)head, (long long)heads);
+      return snprintf(why, MOST_WORDS, "QuantizedAttention: the label of head %lld of %lld is damaged, or that of the first: "
+                      "they differ; let AttentionOperands make them again", (long long)head, (long long)heads);
   return 0;
 }
 

@@ -18,7 +18,7 @@ def test_expressions_of_integers_and_sizes(expression, size):
 @pytest.mark.parametrize(
     "expression",
     ["", "other", "tokens + other", "tokens - 1", "tokens / 2", "tokens // 0", "2.5", "True", "-1", "f(tokens)", "2 +",
-     "[tokens]", "tokens.bit_length", "a\0b", "1; 2"],
+     "[tokens]", "tokens.bit_length", "a\0b", "1; 2", "+".join("1" * 1000), "-" * 900 + "1", "not " * 200 + "1"],
 )  # fmt: skip
 def test_what_is_no_such_expression(expression):
     assert evaluated(expression, SIZES) is None

@@ -260,9 +260,15 @@ DAMAGES = {
     "channels": (lambda x: x.__setitem__((0, 0, 16), 17), "operands of 17 channels for queries of 16"),
     "format of keys": (lambda x: x.__setitem__((0, 0, 30), 0), "another format, with qk_kmax"),
     "format of values": (lambda x: x.__setitem__((0, 0, 42), 0), "another format, with pv_kmax"),
-    "last head's": (lambda x: place(x, 8, 39, np.int64), "head 1 of 2 are damaged"),
-    "rest of a label": (lambda x: place(x, 63, 1, np.uint8), "head 1 of 2 are damaged"),
+    "last head's": (lambda x: place(x, 8, 39, np.int64), "head 1 of 2 is damaged"),
+    "rest of a label": (lambda x: place(x, 63, 1, np.uint8), "head 1 of 2 is damaged"),
 }
+
+
+def test_no_samples_give_no_result_whatever_the_mask():
+    tensors, formats = operands(1, 2, 3, 5, 16), AttentionFormats("INT8", "INT8")
+    none = tensors._replace(q=tensors.q[:0], mask=np.zeros((1, 1, 1, 5), np.float32))
+    assert attend_to(kept(tensors, formats)[:0], none, formats).shape == (0, 2, 3, 16)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
