@@ -264,16 +264,18 @@ def test_a_signal_under_load_loses_nothing(server: Process) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(server: Process) -> None:
+    # A job in the background ignores SIGINT, and so does a server that it starts.
+    second = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
     with contextlib.ExitStack() as connections:
-        for seed in range(48):  # for longer than a busy machine may keep this process from sending the second signal
+        for seed in range(8):
             connections.enter_context(server.connect(**LONG, seed=seed))
         server.until("ditc_step_seconds_count", 1)
         server.process.send_signal(signal.SIGTERM)
         while '"draining"' not in health(server):
             time.sleep(0.02)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(second)
         _, log = server.process.communicate(timeout=WAITED_S)
-    assert server.process.returncode == 128 + signal.SIGINT and "stopped at once" in log and "Traceback" not in log
+    assert server.process.returncode == 128 + second and "stopped at once" in log and "Traceback" not in log
 
 
 def health(server: Process) -> str:
