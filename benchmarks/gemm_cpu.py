@@ -235,7 +235,8 @@ def attention(
     if not kept:
         return _run([first, second], feeds, threads)
     operands = _run([first], feeds, threads)()
-    second.replace_input_with(1, ir.Value(name="operands", type=first.outputs[0].type))
+    (made,) = first.outputs
+    ir.convenience.replace_all_uses_with(made, ir.Value(name="operands", type=made.type))
     return _run([second], feeds | {"operands": operands}, threads)
 
 

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "exponential.h"
 #include "span.h"
 #include "variants.h"
 

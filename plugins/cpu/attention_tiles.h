@@ -86,10 +86,10 @@ TARGET INLINE NAME(Vector) NAME(larger)(NAME(Vector) x, NAME(Vector) y) {
  * product. One constant is enough for ln 2: its error is 2^-28.7 of a product that is fused, or rounded once. */
 TARGET INLINE NAME(Vector) NAME(exp)(NAME(Vector) x) {
   /* Adding it rounds to an integer, ties to even, and leaves that less LEAST in the lowest bits. */
-  const float magic = 12582912.0f - LEAST;
+  const float magic = MAGIC - LEAST;
   const NAME(Vector) least = (NAME(Vector)){0} + LEAST_EXPONENT;
   x = NAME(larger)(least, x);
-  const NAME(Vector) shifted = x * 1.44269504f + magic, r = x - (shifted - magic) * 0.693147181f;
+  const NAME(Vector) shifted = x * LOG2_E + magic, r = x - (shifted - magic) * LN_2;
   NAME(Vector) p = (NAME(Vector)){0} + TWICE_EXP[0];
 #pragma GCC unroll 6
   for (int i = 1; i < 7; i++) p = p * r + TWICE_EXP[i];

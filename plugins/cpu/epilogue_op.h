@@ -34,8 +34,8 @@ static inline const char *fit_epilogue(Epilogue *it, const Tensor *rows, const E
 /* Memory for the outputs that somebody reads. */
 static inline Status *make_epilogue(
     const Api *api, KernelContext *context, size_t linear, size_t y, const Tensor *rows, Epilogue *it) {
-  TRY(make_output(api, context, linear, rows, it->n, 0, (void **)&it->linear));
-  return make_output(api, context, y, rows, it->n, it->heads_out, (void **)&it->y);
+  TRY(make_output(api, context, linear, rows, it->n, 0, &it->linear));
+  return make_output(api, context, y, rows, it->n, it->heads_out, &it->y);
 }
 
 static inline Status *epilogue_attributes(const Api *api, const KernelInfo *info, Epilogue *it) {

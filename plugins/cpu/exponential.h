@@ -6,6 +6,7 @@
 #include <string.h>
 
 static const float MAGIC = 12582912.0f;   /* 1.5 * 2^23: adding and subtracting it rounds to an integer, ties to even */
+static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 static const float EXP_BOUND = 87.0f;     /* exp of it and of its negative are normal numbers */
 
 static inline float from_bits(int32_t bits) {
@@ -18,7 +19,7 @@ static inline float from_bits(int32_t bits) {
  * polynomial of degree 4 is fitted to the least relative error, 2^-28; with all roundings it is below 2^-23, contracted or
  * not. */
 static inline float exponential(float x) {
-  float shifted = x * 1.44269504f + MAGIC, n = shifted - MAGIC;
+  float shifted = x * LOG2_E + MAGIC, n = shifted - MAGIC;
   float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in n * part */
   float p = 1.3814595e-3f;
   p = p * r + 8.3687175e-3f;

@@ -53,7 +53,7 @@ static Status *compute(void *data, KernelContext *context) {
   const char *wrong = check(in, kernel->channels, gemm);
   if (wrong) return invalid(api, wrong);
   gemm->x = in[X].data, gemm->weight = in[WEIGHT].data, gemm->bias = in[BIAS].data;
-  TRY(make_output(api, context, 0, &in[X], gemm->n, 0, (void **)&gemm->y));
+  TRY(make_output(api, context, 0, &in[X], gemm->n, 0, &gemm->y));
   if (!gemm->rows || !gemm->y) return NULL;
   work.panels = (gemm->n + HALF_PANEL - 1) / HALF_PANEL;
   int64_t blocks = (gemm->rows + HALF_ROWS - 1) / HALF_ROWS;

@@ -32,7 +32,7 @@ static inline Status *read_tensor(const Api *api, KernelContext *context, size_t
   memset(tensor, 0, sizeof *tensor);
   TRY(CALL(api, kernel_input)(context, index, &value));
   if (!value) return NULL;
-  TRY(CALL(api, tensor_data)((Value *)value, (void **)&tensor->data));
+  TRY(CALL(api, tensor_data)((Value *)value, &tensor->data));
   TRY(CALL(api, tensor_info)(value, &info));
   Status *status = CALL(api, dimensions_count)(info, &tensor->rank);
   if (!status && tensor->rank > MAX_RANK) status = invalid(api, "an input has more than 8 dimensions");
@@ -44,12 +44,13 @@ static inline Status *read_tensor(const Api *api, KernelContext *context, size_t
   return status;
 }
 
-/* An output [..., last] for rows of dims [..., n], or with heads [samples, heads, tokens, last / heads]. */
+/* An output [..., last] for rows of dims [..., n], or with heads [samples, heads, tokens, last / heads]. Its memory goes
+ * into the pointer, of whatever type, that `out` points to; NULL where nobody reads it. */
 static inline Status *make_output(
-    const Api *api, KernelContext *context, size_t index, const Tensor *rows, int64_t last, int64_t heads, void **data) {
+    const Api *api, KernelContext *context, size_t index, const Tensor *rows, int64_t last, int64_t heads, void *out) {
   Value *value = NULL;
+  void *data = NULL;
   Tensor shape = *rows;
-  *data = NULL;
   shape.dims[shape.rank - 1] = last;
   if (heads) {
     int64_t parts[] = {rows->dims[0], heads, rows->dims[1], last / heads};
@@ -57,7 +58,9 @@ static inline Status *make_output(
     shape.rank = 4;
   }
   TRY(CALL(api, kernel_output)(context, index, shape.dims, shape.rank, &value));
-  return value ? CALL(api, tensor_data)(value, data) : NULL;
+  if (value) TRY(CALL(api, tensor_data)(value, &data));
+  memcpy(out, &data, sizeof data);
+  return NULL;
 }
 
 /* What ops tell onnxruntime alike: they run on the CPU, inputs and outputs are optional, create_kernel made `free`. */

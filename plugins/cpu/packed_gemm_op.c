@@ -193,9 +193,9 @@ static Status *compute(void *data, KernelContext *context) {
   work.panels = (gemm->n + PANEL - 1) / PANEL;
   if (gemm->multipliers && in[MULTIPLIERS].count != work.panels * (gemm->k / gemm->group) * PANEL)
     return invalid(api, "PackedGemm: multipliers must be [panels, k / group_size, 16]");
-  TRY(make_output(api, context, PRODUCT, &in[CODES], gemm->n, 0, (void **)&gemm->product));
+  TRY(make_output(api, context, PRODUCT, &in[CODES], gemm->n, 0, &gemm->product));
   Tensor sums = {.rank = 3, .dims = {gemm->sums, gemm->rows}};
-  TRY(make_output(api, context, INTEGER_SUMS, &sums, gemm->n, 0, (void **)&gemm->integer_sums));
+  TRY(make_output(api, context, INTEGER_SUMS, &sums, gemm->n, 0, &gemm->integer_sums));
   TRY(make_epilogue(api, context, LINEAR, Y, &in[CODES], &gemm->epilogue));
   static const size_t places[] = {NEXT_CODES, NEXT_SCALE, QUANTIZED, NEXT_LOW_CODES};
   TRY(make_codes(api, context, places, &in[CODES], &work.quantizer));

@@ -90,9 +90,9 @@ TARGET_AVX2 static float largest_score_avx2(const float *scores, int64_t n) {
 /* As weight_codes_avx512, of eight. */
 TARGET_AVX2 INLINE __m256i weight_codes_avx2(__m256 scores, __m256 largest) {
   __m256 x = _mm256_max_ps(_mm256_sub_ps(scores, largest), _mm256_set1_ps(-EXP_BOUND));
-  __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), _mm256_set1_ps(MAGIC));
+  __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(LOG2_E), _mm256_set1_ps(MAGIC));
   __m256 n = _mm256_sub_ps(shifted, _mm256_set1_ps(MAGIC));
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693147181f), x), p = _mm256_set1_ps(WEIGHT_POLYNOMIAL[0]);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN_2), x), p = _mm256_set1_ps(WEIGHT_POLYNOMIAL[0]);
 #pragma GCC unroll 5
   for (int power = 1; power < WEIGHT_TERMS; power++) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(WEIGHT_POLYNOMIAL[power]));
   __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23); /* the lowest bits of `shifted` are n */

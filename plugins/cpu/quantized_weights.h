@@ -16,7 +16,7 @@ enum { WEIGHT_TERMS = sizeof WEIGHT_POLYNOMIAL / sizeof *WEIGHT_POLYNOMIAL };
  * by at most 10 where the weight is not 0, and the product is fused. With all roundings exp is off by less than 2 units in
  * its last place. */
 static inline float weight_of(float x) {
-  float shifted = fmaf(x, 1.44269504f, MAGIC), n = shifted - MAGIC, r = fmaf(-n, 0.693147181f, x);
+  float shifted = fmaf(x, LOG2_E, MAGIC), n = shifted - MAGIC, r = fmaf(-n, LN_2, x);
   float p = WEIGHT_POLYNOMIAL[0];
 #pragma GCC unroll 5
   for (int power = 1; power < WEIGHT_TERMS; power++) p = fmaf(p, r, WEIGHT_POLYNOMIAL[power]);
@@ -34,9 +34,9 @@ static inline float weight_of(float x) {
 /* Sixteen codes: round(weight_of(x)) of x = scores - largest, and 0 for x below -87. */
 TARGET_AVX512 INLINE __m512i weight_codes_avx512(__m512 scores, __m512 largest) {
   __m512 x = _mm512_max_ps(_mm512_sub_ps(scores, largest), _mm512_set1_ps(-EXP_BOUND));
-  __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), _mm512_set1_ps(MAGIC));
+  __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(LOG2_E), _mm512_set1_ps(MAGIC));
   __m512 n = _mm512_sub_ps(shifted, _mm512_set1_ps(MAGIC));
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147181f), x), p = _mm512_set1_ps(WEIGHT_POLYNOMIAL[0]);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN_2), x), p = _mm512_set1_ps(WEIGHT_POLYNOMIAL[0]);
 #pragma GCC unroll 5
   for (int power = 1; power < WEIGHT_TERMS; power++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(WEIGHT_POLYNOMIAL[power]));
   __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);

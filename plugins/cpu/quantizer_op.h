@@ -19,10 +19,10 @@ static inline const char *fit_norm(TokenChain *chain, const Tensor *scale, const
 /* Memory for the outputs of rows [..., n] that somebody reads; refuses those that do not go together. */
 static inline Status *make_codes(
     const Api *api, KernelContext *context, const size_t places[4], const Tensor *rows, TokenChain *chain) {
-  TRY(make_output(api, context, places[0], rows, chain->n, 0, (void **)&chain->codes));
-  TRY(make_output(api, context, places[1], rows, 1, 0, (void **)&chain->scale));
-  TRY(make_output(api, context, places[2], rows, chain->n, 0, (void **)&chain->quantized));
-  TRY(make_output(api, context, places[3], rows, chain->n, 0, (void **)&chain->low_codes));
+  TRY(make_output(api, context, places[0], rows, chain->n, 0, &chain->codes));
+  TRY(make_output(api, context, places[1], rows, 1, 0, &chain->scale));
+  TRY(make_output(api, context, places[2], rows, chain->n, 0, &chain->quantized));
+  TRY(make_output(api, context, places[3], rows, chain->n, 0, &chain->low_codes));
   if (!chain->low_codes != !(chain->codes && chain->limb_base))
     return invalid(api, "low_codes come with codes and limb_base");
   return !chain->codes == !chain->scale ? NULL : invalid(api, "codes and scale come together");

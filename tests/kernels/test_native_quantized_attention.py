@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.dialect.graph import in_order, new_node
+from export.dialect.graph import in_order, new_node, result_of
 from export.dialect.ops import DOMAIN, OPS, attributes
 from export.errors import ContractError
 from export.formats.attention import AttentionFormats
@@ -167,7 +167,7 @@ def nodes(formats, scale=0.125):
     """AttentionOperands and QuantizedAttention, each to stand in a graph of its own."""
     values = [ir.Value(name=port, type=FLOAT) for port in PORTS]
     first, second = attention_nodes(values, "a", choices(formats, scale), {})
-    second.replace_input_with(1, ir.Value(name="operands", type=U8))
+    ir.convenience.replace_all_uses_with(result_of(first), ir.Value(name="operands", type=U8))
     second.outputs[0].name, second.outputs[0].type = "out", FLOAT
     return first, second
 
