@@ -234,9 +234,9 @@ def attention(
     first, second = attention_nodes(inputs, "attention", choices, {})
     if not kept:
         return _run([first, second], feeds, threads)
-    operands = _run([first], feeds, threads)()
     (made,) = first.outputs
     ir.convenience.replace_all_uses_with(made, ir.Value(name="operands", type=made.type))
+    operands = _run([first], feeds, threads)()
     return _run([second], feeds | {"operands": operands}, threads)
 
 
