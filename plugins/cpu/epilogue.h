@@ -101,22 +101,38 @@ INLINE void store_heads(
   }
 }
 
-/* All stages of channels channel.. of a row, which lie in heads as `of` says. count: a constant where this is inlined
- * for whole spans. */
-INLINE void finish_span(
-    const Epilogue *it, const EpilogueRow *at, const HeadSpan *of, int64_t row, int64_t channel, const int64_t count,
-    float bound, Span *x) {
-  int64_t place = row * it->n + channel;
-  Span y = *x, other;
-  if (it->token_scale) y *= it->token_scale[row];
-  if (it->bias) load_span(&other, it->bias + channel, count), y += other;
-  if (it->linear) store_span(&y, it->linear + place, count);
-  if (it->activation) activate(it->activation, bound, &y);
-  if (it->gate) load_span(&other, it->gate + at->gate * it->n + channel, count), y *= other;
-  if (it->residual) load_span(&other, it->residual + place, count), y += other;
-  if (it->heads_out && it->y) store_heads(it, at, of, count, &y);
-  else if (it->y) store_span(&y, it->y + place, count);
-  *x = y;
+/* All stages of channels channel.. of rows row.., a span x of each, which lie in heads as `of` says. One stage after the
+ * other: asked for each span, which stages there are would take longer than they do. at: the first row. count: a constant
+ * where this is inlined for whole spans. */
+INLINE void finish_spans(
+    const Epilogue *it, EpilogueRow at, const HeadSpan *of, int64_t row, const int64_t rows, int64_t channel,
+    const int64_t count, float bound, Span *x) {
+  const int64_t n = it->n, place = row * n + channel;
+  Span bias, other;
+  if (it->token_scale)
+    for (int64_t i = 0; i < rows; i++) x[i] *= it->token_scale[row + i];
+  if (it->bias) {
+    load_span(&bias, it->bias + channel, count);
+    for (int64_t i = 0; i < rows; i++) x[i] += bias;
+  }
+  if (it->linear)
+    for (int64_t i = 0; i < rows; i++) store_span(&x[i], it->linear + place + i * n, count);
+  if (it->activation == GELU)
+    for (int64_t i = 0; i < rows; i++) activate(GELU, bound, &x[i]);
+  else if (it->activation == SILU)
+    for (int64_t i = 0; i < rows; i++) activate(SILU, bound, &x[i]);
+  if (it->gate) {
+    EpilogueRow gated = at;
+    for (int64_t i = 0; i < rows; i++, next_row(it, &gated))
+      load_span(&other, it->gate + gated.gate * n + channel, count), x[i] *= other;
+  }
+  if (it->residual)
+    for (int64_t i = 0; i < rows; i++) load_span(&other, it->residual + place + i * n, count), x[i] += other;
+  if (!it->y) return;
+  if (it->heads_out)
+    for (int64_t i = 0; i < rows; i++, next_row(it, &at)) store_heads(it, &at, of, count, &x[i]);
+  else
+    for (int64_t i = 0; i < rows; i++) store_span(&x[i], it->y + place + i * n, count);
 }
 
 #endif

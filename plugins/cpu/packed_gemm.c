@@ -46,7 +46,7 @@ static void add_plain(const Block *block, const uint8_t *a, int64_t stride, int6
   }
 }
 
-static const Variant PLAIN = {"plain", 0, 1, MAX_ROWS, decode_plain, add_plain, NULL, NULL};
+static const Variant PLAIN = {"plain", 0, 0, 1, MAX_ROWS, decode_plain, add_plain, NULL, NULL};
 
 /* --- which variant ------------------------------------------------------------------------------------------------ */
 
@@ -174,44 +174,49 @@ static const uint8_t *whole_octets(const PackedGemm *gemm, const uint8_t *codes,
   return copy;
 }
 
+enum { AT_ONCE = 24 }; /* rows that are finished together: their spans stay in the nearest cache */
+
 /* Rows first.. of stretch s of a panel: (sums - zero * weight_sum) * scale, integers modulo 2^32, added to the totals
  * of the stretches before it; the last one's are the product, which the epilogue takes on. sums, low and totals:
- * `stride` numbers from row to row. count: channels, a constant where this is inlined for a whole panel. */
+ * `stride` numbers from row to row. rows: at most AT_ONCE. count: channels, a constant where this is inlined for a whole
+ * panel. One step after the other, as in finish_spans. */
 INLINE void finish_stretch(
     const PackedGemm *gemm, int64_t channel, const int64_t count, int64_t s, int64_t first, int64_t rows,
     const int32_t *sums, const int32_t *low, float *totals, int64_t stride, float bound) {
-  const Epilogue own = gemm->epilogue, *epilogue = &own; /* which no store can change, as compilers see */
-  const int64_t n = gemm->n, all = gemm->rows, last = s + 1 == gemm->sums, group_scales = gemm->group_scales;
+  const Epilogue *epilogue = &gemm->epilogue;
+  const int64_t n = gemm->n, place = first * n + channel;
   const HeadSpan head = head_span(epilogue, channel);
   const int32_t *weight_sum = gemm->weight_sum + s * n + channel;
-  float *integer_sums = gemm->integer_sums, *product = gemm->product;
-  const float *group_scale = NULL;
-  if (gemm->group_scale)
-    group_scale = gemm->group_scale + first * group_scales + s * group_scales / gemm->sums;
   uint32_t limb = low ? (uint32_t)gemm->limb_weight : 1, factor = (uint32_t)gemm->zero * (limb + (low ? 1 : 0));
-  EpilogueRow at = epilogue_row(epilogue, first);
   Modulo of_zero = {0};
-  Span scale;
-  load_span(&scale, gemm->scale + s * gemm->scales / gemm->sums * n + channel, count);
+  Span x[AT_ONCE], scale;
   for (int64_t i = 0; i < count; i++) of_zero[i] = factor * (uint32_t)weight_sum[i];
-  for (int64_t row = first; row < first + rows; row++, next_row(epilogue, &at)) {
-    Modulo sum = *(const Modulo *)sums;
-    if (low) sum = sum * limb + *(const Modulo *)low;
-    sum -= of_zero;
-    Span x = __builtin_convertvector((Integers)sum, Span);
-    if (integer_sums) store_span(&x, integer_sums + (s * all + row) * n + channel, count);
-    x *= scale;
-    if (group_scale) x *= *group_scale, group_scale += group_scales;
-    if (s) x += *(const Span *)totals;
-    if (last) {
-      if (product) store_span(&x, product + row * n + channel, count);
-      finish_span(epilogue, &at, &head, row, channel, count, bound, &x);
-    } else {
-      *(Span *)totals = x;
+  load_span(&scale, gemm->scale + s * gemm->scales / gemm->sums * n + channel, count);
+  if (low)
+    for (int64_t row = 0; row < rows; row++) {
+      Modulo sum = *(const Modulo *)(sums + row * stride) * limb + *(const Modulo *)(low + row * stride) - of_zero;
+      x[row] = __builtin_convertvector((Integers)sum, Span);
     }
-    sums += stride, totals += stride;
-    if (low) low += stride;
+  else
+    for (int64_t row = 0; row < rows; row++)
+      x[row] = __builtin_convertvector((Integers)(*(const Modulo *)(sums + row * stride) - of_zero), Span);
+  if (gemm->integer_sums)
+    for (int64_t row = 0; row < rows; row++)
+      store_span(&x[row], gemm->integer_sums + s * gemm->rows * n + place + row * n, count);
+  for (int64_t row = 0; row < rows; row++) x[row] *= scale;
+  if (gemm->group_scale) {
+    const float *of_rows = gemm->group_scale + first * gemm->group_scales + s * gemm->group_scales / gemm->sums;
+    for (int64_t row = 0; row < rows; row++) x[row] *= of_rows[row * gemm->group_scales];
   }
+  if (s)
+    for (int64_t row = 0; row < rows; row++) x[row] += *(const Span *)(totals + row * stride);
+  if (s + 1 < gemm->sums) {
+    for (int64_t row = 0; row < rows; row++) *(Span *)(totals + row * stride) = x[row];
+    return;
+  }
+  if (gemm->product)
+    for (int64_t row = 0; row < rows; row++) store_span(&x[row], gemm->product + place + row * n, count);
+  finish_spans(epilogue, epilogue_row(epilogue, first), &head, first, rows, channel, count, bound, x);
 }
 
 /* Rows of stretch s of `panels` panels side by side; offset: the first row's place in the scratch. */
@@ -219,13 +224,15 @@ VARIANTS void finish_rows(
     const PackedGemm *gemm, int64_t panel, int panels, int64_t s, int64_t first, int64_t offset, int64_t rows,
     const Scratch *scratch, float bound) {
   int64_t stride = panels * PANEL;
-  for (int part = 0; part < panels; part++) {
-    int64_t channel = (panel + part) * PANEL, count = gemm->n - channel, place = offset * stride + part * PANEL;
-    const int32_t *sums = scratch->sums[0] + place, *low = gemm->low_codes ? scratch->sums[1] + place : NULL;
-    float *totals = scratch->totals + place;
-    if (count >= PANEL) finish_stretch(gemm, channel, PANEL, s, first, rows, sums, low, totals, stride, bound);
-    else finish_stretch(gemm, channel, count, s, first, rows, sums, low, totals, stride, bound);
-  }
+  for (int part = 0; part < panels; part++)
+    for (int64_t row = 0, left = rows, some; left; row += some, left -= some) {
+      int64_t channel = (panel + part) * PANEL, count = gemm->n - channel, place = (offset + row) * stride + part * PANEL;
+      const int32_t *sums = scratch->sums[0] + place, *low = gemm->low_codes ? scratch->sums[1] + place : NULL;
+      float *totals = scratch->totals + place;
+      some = left < AT_ONCE ? left : AT_ONCE;
+      if (count >= PANEL) finish_stretch(gemm, channel, PANEL, s, first + row, some, sums, low, totals, stride, bound);
+      else finish_stretch(gemm, channel, count, s, first + row, some, sums, low, totals, stride, bound);
+    }
 }
 
 /* Where input channel k0 of a panel begins, and the bytes of `k` of them. */
@@ -234,27 +241,34 @@ static const uint8_t *stored(const PackedGemm *gemm, int64_t panel, int64_t k0) 
   return gemm->weight + (gemm->table ? k * PANEL / 2 : k * PANEL);
 }
 
-/* Part `part` of `parts` of the weights that are read after those of a block, on its way from memory while the block is
- * multiplied: no processor foresees where they lie. */
-INLINE void fetch_next(const PackedGemm *gemm, const Block *block, int64_t panel, int64_t part, int64_t parts) {
-  enum { LINE = 64 };
+/* Part `part` of `parts` of the weights that are read after those of a block: no processor foresees where they lie. */
+INLINE void next_weights(
+    const PackedGemm *gemm, const Block *block, int64_t panel, int64_t part, int64_t parts, Fetch *fetch) {
   int64_t k = filled(gemm->k), k0 = block->k0 + block->k;
   if (k0 == k) panel += block->panels, k0 = 0;
   k = k - k0 < block->k ? k - k0 : block->k;
-  for (int i = 0; i < block->panels && (panel + i) * PANEL < gemm->n; i++) {
+  fetch->lines = 0;
+  for (int i = 0; i < block->panels; i++) {
+    if ((panel + i) * PANEL >= gemm->n) { /* the last panel has no neighbour, whose lines are not waited for */
+      fetch->weight[i] = fetch->weight[0];
+      continue;
+    }
     const uint8_t *from = stored(gemm, panel + i, k0);
-    int64_t lines = (stored(gemm, panel + i, k0 + k) - from) / LINE;
-    for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; line++)
-      __builtin_prefetch(from + line * LINE, 0, 2);
+    int64_t lines = (stored(gemm, panel + i, k0 + k) - from) / LINE, line = lines * part / parts;
+    fetch->weight[i] = from + line * LINE, fetch->lines = lines * (part + 1) / parts - line;
   }
+}
+
+static void fetch_weights(const Fetch *fetch, int panels) {
+  for (int64_t line = 0; line < fetch->lines; line++)
+    for (int i = 0; i < panels; i++) __builtin_prefetch(fetch->weight[i] + line * LINE, 0, 2);
 }
 
 /* What the epilogue of rows first.. of some panels reads and writes most of: a gate of a row each, residual and y, y of
  * heads as far as rows are of one sample. */
-INLINE Fetch lines_of(const PackedGemm *gemm, int64_t panel, int panels, int64_t first) {
+INLINE void next_lines(const PackedGemm *gemm, int64_t panel, int panels, int64_t first, Fetch *fetch) {
   const Epilogue *it = &gemm->epilogue;
   const EpilogueRow at = epilogue_row(it, first);
-  Fetch fetch = {.streams = 0};
   for (int part = 0; part < panels; part++) {
     int64_t channel = (panel + part) * PANEL, place = first * it->n + channel;
     const HeadSpan of = head_span(it, channel);
@@ -263,11 +277,10 @@ INLINE Fetch lines_of(const PackedGemm *gemm, int64_t panel, int panels, int64_t
                            !it->y ? NULL : it->heads_out ? head_place(it, &at, &of) : it->y + place};
     for (int end = 0; end < 3; end++)
       if (ends[end]) {
-        fetch.stream[fetch.streams] = (const char *)ends[end];
-        fetch.apart[fetch.streams++] = (end == 2 && it->heads_out ? of.size : it->n) * (int64_t)sizeof(float);
+        fetch->stream[fetch->streams] = (const char *)ends[end];
+        fetch->apart[fetch->streams++] = (end == 2 && it->heads_out ? of.size : it->n) * (int64_t)sizeof(float);
       }
   }
-  return fetch;
 }
 
 /* Rows of `block->panels` panels from `panel` on. */
@@ -295,9 +308,10 @@ static void multiply(
       if (block->multipliers ? run : runs > spread) spread_factors(block, scratch->factors), spread = runs;
       for (int64_t row = 0, chunk = 0, rows; row < all; row += rows, chunk++) {
         rows = all - row < variant->rows ? all - row : variant->rows;
-        fetch_next(gemm, block, panel, chunk, chunks);
+        next_weights(gemm, block, panel, chunk, chunks, &block->fetch);
         block->fetch.streams = 0;
-        if (block->k0 + block->k == k) block->fetch = lines_of(gemm, panel, block->panels, first + row);
+        if (!variant->fetches) fetch_weights(&block->fetch, block->panels);
+        else if (block->k0 + block->k == k) next_lines(gemm, panel, block->panels, first + row, &block->fetch);
         for (int limb = 0; limb < limbs; limb++) {
           int32_t *sums = scratch->sums[limb] + row * stride;
           variant->add(block, codes[limb] + row * k + block->k0, k, rows, sums);

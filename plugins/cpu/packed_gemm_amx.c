@@ -130,5 +130,5 @@ TARGET_AMX int64_t packed_gemm_amx_products(int64_t turns) {
   return turns * 4 * TILE_ROWS * TILE_BYTES * PANEL;
 }
 
-const Variant PACKED_GEMM_AMX = {"amx_int8", 0, 1, 4 * TILE_ROWS, packed_gemm_decode_vnni, add_amx, NULL, NULL};
+const Variant PACKED_GEMM_AMX = {"amx_int8", 0, 0, 1, 4 * TILE_ROWS, packed_gemm_decode_vnni, add_amx, NULL, NULL};
 #endif

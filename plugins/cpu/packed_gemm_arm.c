@@ -61,5 +61,5 @@ TARGET_DOT static void add_dot(
   for (; rows; rows--, a += stride, sums += PANEL) tile_dot(1, a, stride, k, w, sums);
 }
 
-const Variant PACKED_GEMM_DOT = {"dotprod", 0, 1, 64, decode_dot, add_dot, NULL, NULL};
+const Variant PACKED_GEMM_DOT = {"dotprod", 0, 0, 1, 64, decode_dot, add_dot, NULL, NULL};
 #endif

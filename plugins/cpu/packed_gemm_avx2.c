@@ -368,5 +368,5 @@ static void add_avx2(const Block *block, const uint8_t *a, int64_t stride, int64
                 : no_runs)(block, a, stride, rows, sums);
 }
 
-const Variant PACKED_GEMM_AVX2 = {"avx2", 1, 1, 96, decode_avx2, add_avx2, longer_run, mark_heavy};
+const Variant PACKED_GEMM_AVX2 = {"avx2", 1, 0, 1, 96, decode_avx2, add_avx2, longer_run, mark_heavy};
 #endif

@@ -84,5 +84,5 @@ TARGET_I8MM static void add_i8mm(const Block *block, const uint8_t *a, int64_t s
   if (rows) tile_i8mm(1, a, stride, 1, k, w, sums);
 }
 
-const Variant PACKED_GEMM_I8MM = {"i8mm", 0, 1, 60, decode_i8mm, add_i8mm, NULL, NULL};
+const Variant PACKED_GEMM_I8MM = {"i8mm", 0, 0, 1, 60, decode_i8mm, add_i8mm, NULL, NULL};
 #endif

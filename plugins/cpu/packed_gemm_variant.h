@@ -18,12 +18,16 @@ typedef struct Scratch {
   uint8_t *tail[2];  /* [rows, k filled up] of each limb, where k is no multiple of 8 */
 } Scratch;
 
-/* Lines of memory that the epilogue of some rows reads and writes: `streams` of them for each row, `apart` bytes from row
- * to row. */
+enum { LINE = 64 }; /* bytes that come from memory together */
+
+/* What is needed next, to be on its way while some rows are multiplied. Of their epilogue: `streams` lines of each row,
+ * `apart` bytes from row to row. Of the weights that are read after the block's, `lines` of each panel. */
 typedef struct Fetch {
   const char *stream[3 * MOST_PANELS];
   int64_t apart[3 * MOST_PANELS];
   int streams; /* 0: none of this block's */
+  const uint8_t *weight[MOST_PANELS];
+  int64_t lines;
 } Fetch;
 
 /* One block of input channels: k0..k0 + k - 1 of a panel, or of some that lie side by side. */
@@ -32,7 +36,7 @@ typedef struct Block {
   const uint8_t *weight, *multipliers; /* of the panel that is decoded */
   int64_t k0, k;
   int panels; /* that `add` is for */
-  Fetch fetch; /* on its way while the block is multiplied, by an `add` that does that */
+  Fetch fetch; /* for an `add` that does that */
   int fresh;  /* the first block of some sums: there are none yet that `add` could add to */
   int run;                 /* quads whose sums of pairs fit 16 bits; 0: not even one's */
   const int8_t *w[MOST_PANELS]; /* what `decode` has returned, for `add` */
@@ -47,6 +51,7 @@ typedef struct Block {
 typedef struct Variant {
   const char *name;
   int adds_pairs; /* in 16 bits: it reads `run`, and applies multipliers to sums of runs; else they are in the weight */
+  int fetches;    /* `add` brings on its way what the block's `fetch` says */
   int panels;     /* at most, that `add` takes */
   int rows;       /* that `add` and what follows are done to before the next ones: of few, sums stay in the nearest cache */
   /* The block's weight as `add` reads it: decoded into the scratch, or, of a weight of bytes, where it is stored. */

@@ -69,7 +69,7 @@ TARGET_VNNI_256 static void add_vnni_256(
   if (rows) tile_vnni_256(1, a, stride, k, w, sums);
 }
 
-const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, 1, 60, decode_vnni_256, add_vnni_256, NULL, NULL};
+const Variant PACKED_GEMM_AVX_VNNI = {"avx_vnni", 0, 0, 1, 60, decode_vnni_256, add_vnni_256, NULL, NULL};
 
 /* --- AVX-512 VNNI: four products in 32 bits ---------------------------------------------------------------------- */
 
@@ -111,9 +111,9 @@ TARGET_VNNI const int8_t *packed_gemm_decode_vnni(const Block *block, int8_t *de
 enum { VNNI_ROWS = 12 }; /* with 2 panels 24 sums, 2 weights and codes: of 32 registers */
 
 /* Rows are addressed from every third one, with the stride once and twice, and `octet` input channels by constants. first:
- * of those that the epilogue takes together. */
+ * of `all` that the epilogue takes together. */
 TARGET_VNNI INLINE void tile_vnni(
-    const int rows, const int panels, const Block *block, int64_t first, const uint8_t *a, int64_t stride,
+    const int rows, const int panels, const Block *block, int64_t first, int64_t all, const uint8_t *a, int64_t stride,
     int32_t *sums) {
   __m512i total[VNNI_ROWS][MOST_PANELS];
   const int8_t *left = block->w[0], *right = block->w[panels - 1];
@@ -127,13 +127,17 @@ TARGET_VNNI INLINE void tile_vnni(
       total[row][part] = _mm512_maskz_loadu_epi32(kept, sums + (row * panels + part) * PANEL);
   }
   const Fetch *fetch = &block->fetch;
-  const int64_t lines = rows * fetch->streams;
-  int64_t line = 0;
+  const int64_t lines = rows * fetch->streams, weight_end = fetch->lines * (first + rows) / all;
+  int64_t line = 0, weight_line = fetch->lines * first / all;
   for (int64_t i = 0; i < k; i += OCTET, left += 2 * BYTES, right += 2 * BYTES) {
-    if (line < lines) { /* one at a time: many at once would hold up the loads of codes */
+    /* One or two at a time: many at once would hold up the loads of codes. */
+    if (line < lines) {
       int64_t row = first + line / fetch->streams, stream = line % fetch->streams;
       __builtin_prefetch(fetch->stream[stream] + row * fetch->apart[stream], 0, 2);
       line++;
+    } else if (weight_line < weight_end) {
+      for (int part = 0; part < panels; part++) __builtin_prefetch(fetch->weight[part] + weight_line * LINE, 0, 2);
+      weight_line++;
     }
 #pragma GCC unroll 2
     for (int quad = 0; quad < 2; quad++) {
@@ -159,10 +163,10 @@ TARGET_VNNI INLINE void tile_vnni(
 
 TARGET_VNNI INLINE void rows_vnni(
     const int panels, const Block *block, const uint8_t *a, int64_t stride, int64_t rows, int32_t *sums) {
-  const int64_t wide = panels * PANEL;
+  const int64_t wide = panels * PANEL, all = rows;
   int64_t first = 0;
 #define TILE(count)                                                                                                    \
-  tile_vnni(count, panels, block, first, a, stride, sums), first += count, a += count * stride, sums += count * wide
+  tile_vnni(count, panels, block, first, all, a, stride, sums), first += count, a += count * stride, sums += count * wide
   for (; rows >= VNNI_ROWS; rows -= VNNI_ROWS) TILE(VNNI_ROWS);
   if (rows >= 8) TILE(8), rows -= 8;
   for (; rows >= 4; rows -= 4) TILE(4);
@@ -176,5 +180,6 @@ TARGET_VNNI static void add_vnni(
   else rows_vnni(1, block, a, stride, rows, sums);
 }
 
-const Variant PACKED_GEMM_AVX512_VNNI = {"avx512_vnni", 0, MOST_PANELS, 2 * VNNI_ROWS, packed_gemm_decode_vnni, add_vnni, NULL, NULL};
+const Variant PACKED_GEMM_AVX512_VNNI = {
+    "avx512_vnni", 0, 1, MOST_PANELS, 2 * VNNI_ROWS, packed_gemm_decode_vnni, add_vnni, NULL, NULL};
 #endif

@@ -21,13 +21,13 @@ VARIANTS void finish_row(const Epilogue *it, int64_t row, float bound, float *x)
   for (int64_t channel = 0; channel < whole; channel += SPAN) {
     HeadSpan of = head_span(it, channel);
     load_span(&span, x + channel, SPAN);
-    finish_span(it, &at, &of, row, channel, SPAN, bound, &span);
+    finish_spans(it, at, &of, row, 1, channel, SPAN, bound, &span);
     store_span(&span, x + channel, SPAN);
   }
   if (left) {
     HeadSpan of = head_span(it, whole);
     load_span(&span, x + whole, left);
-    finish_span(it, &at, &of, row, whole, left, bound, &span);
+    finish_spans(it, at, &of, row, 1, whole, left, bound, &span);
     store_span(&span, x + whole, left);
   }
 }
