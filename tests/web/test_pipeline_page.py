@@ -116,11 +116,11 @@ def test_another_class_or_part_is_refused_by_name(tmp_path: Path) -> None:
 # --- in the browser ---------------------------------------------------------------------------------------------------
 
 
-def tiny(folder: Path) -> Path:
-    """PixArt-alpha's of random weights, with the scheduler that the published ones have."""
-    from tests.support import pipelines
+def random(folder: Path) -> Path:
+    """PixArt-alpha's of random weights, with scheduler and further conditions as the published ones have them."""
+    from tests.support import pipelines, tiny
 
-    return pipelines.write_wide(folder)
+    return pipelines.write_wide(folder, **tiny.SIZES)
 
 
 def scenes(folder: Path) -> Path:
@@ -146,12 +146,13 @@ class Exported:
     page: Path
 
 
-@pytest.fixture(scope="module", params=[tiny, scenes])
+@pytest.fixture(scope="module", params=[random, scenes])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A bundle without proof, and its page."""
     write: Callable[[Path], Path] = request.param
     folder = tmp_path_factory.mktemp(write.__name__)
-    bundle = build_unproven(folder / "engine", "-m", str(write(folder / "pipeline")), "--target", "cpu")
+    flags = ["-m", str(write(folder / "pipeline")), "--target", "cpu", "--set", "weights.group_size=32"]
+    bundle = build_unproven(folder / "engine", *flags)
     return Exported(bundle, exported(bundle, folder / "page"))
 
 

@@ -1,5 +1,7 @@
 // Prompts into token ids, as the package `tokenizers` does by a tokenizer.json of Unigram pieces: T5's and its kin.
-// pipeline/web/tokenizer_rules.py refuses files that ask for more than is done here.
+// pipeline/web/tokenizer_rules.py refuses files that ask for more than is done here. npm's @huggingface/tokenizers 0.2.0
+// takes a compatible form of Unicode for the table of characters, which gives other ids for letters that T5 does not know
+// or writes in another way.
 
 const WHITE = /\p{White_Space}+/u, MARK = "\u2581";
 // Longer clusters of characters are normalized one by one (in bytes of UTF-8), as in the package.
