@@ -15,6 +15,8 @@ from export.errors import RecipeError
 from export.formats.attention import AttentionFormats
 from pipeline import load, machine
 from pipeline.backends.base import DATA, MODEL
+from pipeline.bundle.hub import located
+from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.calibrate.state import KEPT
 from pipeline.command import Answer, Parser, parser, run
 from pipeline.files import publish, refuse_unwritable, remove
@@ -95,9 +97,11 @@ def export_page(args: argparse.Namespace, answer: Answer) -> int:
 
     machine.require_compiler("lowering a model for the browser")
     refuse_place(args.web, "--web", args.force, page_folder.ENTRIES.issuperset)
-    bundle = load(args.source)
-    with new_folder(args.web) as partial:
-        size_bytes = page_folder.write(bundle, partial, args.onnxruntime_web)
+    with located(args.source) as folder:
+        bundle = load_pipeline(folder) if is_pipeline(folder) else load(folder)
+        page_folder.refuse(bundle)
+        with new_folder(args.web) as partial:
+            size_bytes = page_folder.write(bundle, partial, args.onnxruntime_web)
     text = f"{args.web}: {size_bytes / 1e6:.1f} MB; try it with: python -m http.server -b 127.0.0.1 -d {args.web}"
     answer.document({"event": "result", "path": str(args.web), "bytes": size_bytes}, text)
     return 0

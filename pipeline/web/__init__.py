@@ -1,1 +1,1 @@
-"""`ditc export --web DIR BUNDLE`: a static page that draws with a bundle's model in the browser."""
+"""`ditc export --web DIR BUNDLE`: a static page that draws with a bundle, also of a pipeline, in the browser."""

@@ -167,10 +167,10 @@ def write(name: str, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def write_wide(folder: Path) -> Path:
+def write_wide(folder: Path, **config: Any) -> Path:
     """Save PixArt-alpha's with a text encoder whose linears have groups of 64, as recipes have them; of pictures of 64
-    pixels."""
-    write("alpha", folder, caption_channels=tiny_text.T5["d_model"])
+    pixels. config: as of `write`."""
+    write("alpha", folder, **config | {"caption_channels": tiny_text.T5["d_model"]})
     shutil.rmtree(folder / "text_encoder")
     tiny_text.t5_folder(folder)
     return folder

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from export.errors import EnvironmentLacksError, RecipeError
+from export.errors import RecipeError
 from pipeline import compiler
-from pipeline.backends.sessions import opened, session_options
 from pipeline.build import main as build
 from pipeline.distance import PIXEL_RANGE, psnr_db
 from pipeline.export import main
@@ -27,12 +21,11 @@ from pipeline.text_to_image import Pipeline
 from pipeline.web import onnxruntime_web, page_folder
 from tests.generate.test_generate import GENERATION, make_bundle
 from tests.support import browser
+from tests.support.web_page import LEVELS, TWICE_DB, Lowered, canvas, exported, fill_in, serving
 
 logger = logging.getLogger(__name__)
 
 PROMPT, SEED, STEPS = "a red circle left of a blue ring on white", 7, 10
-# A second float32 run of a model is as far from the float64 one as the first; both together at most twice as far.
-TWICE_DB = 20 * np.log10(2)
 
 
 # --- what the page does not take --------------------------------------------------------------------------------------
@@ -43,10 +36,10 @@ def test_prompts_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
     bundle.manifest.update(targets={"cpu": {}})  # type: ignore[typeddict-item]
     with pytest.raises(RecipeError, match="has no portable model, which the page runs; build it without --drop-port"):
         page_folder.refuse(bundle)
-    bundle.manifest.update(targets={"onnx": {}})  # type: ignore[typeddict-item]
+    bundle.manifest.update(targets={"onnx": {}}, layers=[])  # type: ignore[typeddict-item]
     bundle.manifest["files"]["model.onnx"] = {"size": 0, "sha256": ""}
     with pytest.raises(RecipeError, match="its prompts are classes; the page knows those of a vocabulary alone"):
-        page_folder.write(bundle, tmp_path / "out", None)
+        page_folder.refuse(bundle)
     bundle = make_bundle(tmp_path, GENERATION | {"output": "latents"})
     with pytest.raises(RecipeError, match="draws no pixels by itself"):
         page_folder.refuse(bundle)
@@ -75,48 +68,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported page."""
-    try:
-        onnxruntime_web.find(None)
-    except EnvironmentLacksError as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("exported") / "page"
-    assert main([str(bundle), "--web", str(folder)]) == 0
-    return folder
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """What `python -m http.server` runs, without its log."""
-
-    def log_message(self, *args: object) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """The address of a server of static files."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def draw(tab: browser.Tab, prompt: str, seed: int, steps: int) -> None:
-    """Fill the fields in and press the button."""
-    fields = {"prompt": prompt, "seed": seed, "steps": steps}
-    tab.run("; ".join(f"document.getElementById('{name}').value = {value!r}" for name, value in fields.items()))
-    tab.run("document.getElementById('draw').click()")
-
-
-def canvas(tab: browser.Tab) -> Any:
-    """The picture [H, W, 3] uint8."""
-    script = """(() => { const canvas = document.getElementById('picture');
-      const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
-      return [canvas.height, canvas.width, Array.from(data)]; })()"""
-    height, width, data = tab.run(script)
-    return np.array(data, np.uint8).reshape(height, width, 4)[:, :, :3]
+    return exported(bundle, tmp_path_factory.mktemp("exported") / "page")
 
 
 def picture(run: Any, pipeline: Pipeline) -> Any:
@@ -129,24 +81,6 @@ def picture(run: Any, pipeline: Pipeline) -> Any:
     return drawing.latents
 
 
-class Lowered:
-    """The page's own graph in onnxruntime, with all of its optimizations or the basic ones."""
-
-    def __init__(self, path: Path, level: str) -> None:
-        import onnxruntime
-
-        options = session_options(1)
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-        self.session = opened(path, options)
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {"sample": self.session.run(["sample"], inputs)[0]}
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
 @pytest.mark.slow
 def test_the_page_draws_the_engine_s_picture(bundle: Path, page: Path, tmp_path: Path) -> None:
     executable = browser.browser()
@@ -156,7 +90,7 @@ def test_the_page_draws_the_engine_s_picture(bundle: Path, page: Path, tmp_path:
         [drawing] = pipeline.drawings(DrawRequest((PROMPT,), SEED, n_steps=STEPS))
         expected = drawing.latents
         graph = page / "model/model.onnx"
-        runs = [picture(Lowered(graph, level), pipeline) for level in ("ORT_ENABLE_ALL", "ORT_ENABLE_BASIC")]
+        runs = [picture(Lowered(graph, level), pipeline) for level in LEVELS]
         runs.append(picture(pipeline.bundle.engine("onnx"), pipeline))
     # Of float32 runs of one quantized model no two are equal; the page's is one more of them.
     limit_db = min(psnr_db(run, expected, PIXEL_RANGE) for run in runs) - TWICE_DB
@@ -167,7 +101,7 @@ def test_the_page_draws_the_engine_s_picture(bundle: Path, page: Path, tmp_path:
         tab.open(address)
         tab.wait("document.getElementById('state').textContent === 'ready'")
         assert tab.run("crossOriginIsolated") is False
-        draw(tab, PROMPT, SEED, STEPS)
+        fill_in(tab, prompt=PROMPT, seed=SEED, steps=STEPS)
         tab.wait("document.getElementById('picture').dataset.drawn === '1'")
         drawn = canvas(tab)
         tab.screenshot(tmp_path / "page.png")
@@ -175,14 +109,14 @@ def test_the_page_draws_the_engine_s_picture(bundle: Path, page: Path, tmp_path:
         assert error_db >= limit_db, f"{error_db:.1f} dB to the engine's picture, limit {limit_db:.1f} dB"
         logger.info("%.1f dB to the engine's picture, limit %.1f dB", error_db, limit_db)
 
-        draw(tab, "a red horse on white", SEED, STEPS)
+        fill_in(tab, prompt="a red horse on white", seed=SEED, steps=STEPS)
         tab.wait("document.getElementById('state').classList.contains('error')")
         assert "found 'horse'" in tab.run("document.getElementById('state').textContent")
-        draw(tab, PROMPT, SEED, 500)
+        fill_in(tab, prompt=PROMPT, seed=SEED, steps=500)
         tab.wait("document.getElementById('state').textContent.startsWith('step')")
         tab.run("document.getElementById('stop').click()")
         tab.wait("document.getElementById('state').textContent === 'stopped'")
-        draw(tab, PROMPT, SEED + 1, 1)
+        fill_in(tab, prompt=PROMPT, seed=SEED + 1, steps=1)
         tab.wait("document.getElementById('picture').dataset.drawn === '4'")
         assert (canvas(tab) != drawn).any() and not tab.complaints
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +12,16 @@ import pytest
 from benchmarks.zoo import scenes
 from export.errors import RecipeError
 from pipeline.generate.draw import to_pixels
+from pipeline.generate.latent_preview import LatentPreview
 from pipeline.generate.sampling import make_sampler, sample
 from pipeline.generate.scene_grammar import GRAMMAR, token_ids
-from pipeline.web import page_folder, ziggurat
+from pipeline.web import ziggurat
+from tests.support.node import NEEDS_NODE, node
 
-PAGE = Path(page_folder.__file__).with_name("page")
-NODE = shutil.which("node")
-pytestmark = [
-    pytest.mark.process,
-    pytest.mark.skipif(NODE is None, reason="the page's scripts run in node, which is not installed"),
-]
+pytestmark = [pytest.mark.process, NEEDS_NODE]
 SLOTS = [{"name": name, "words": list(words)} for name, words in scenes.SLOTS.items()]
 # NumPy's stream of a seed is drawn anew for each; seeds of two words and the largest of a request are among them.
 SEEDS = ("0", "1", "42", str(2**32), str(2**40 + 5), str(2**63 - 1))
-
-
-def node(folder: Path, script: str, given: object) -> Any:
-    """What a script, whose input is `given`, answers."""
-    folder.mkdir(exist_ok=True)
-    for path in PAGE.glob("*.js"):
-        shutil.copyfile(path, folder / path.name)
-    (folder / "package.json").write_text('{"type": "module"}')
-    (folder / "given.json").write_text(json.dumps(given))
-    text = "import { readFileSync } from 'node:fs';\nconst given = JSON.parse(readFileSync('given.json'));\n" + script
-    (folder / "run.js").write_text(text)
-    assert NODE is not None
-    done = subprocess.run([NODE, "run.js"], cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_noise_is_numpy_s(tmp_path: Path) -> None:
@@ -85,6 +64,31 @@ console.log(JSON.stringify(given.prompts.map((prompt) => {
         taken += expected is not None
         assert row == expected if expected is not None else isinstance(row, str) and "prompt '" in row, (prompt, row)
     assert 50 < taken < len(texts) - 50
+
+
+def test_previews_are_the_run_time_s(tmp_path: Path) -> None:
+    """Colours from -1 to 1, but for other roundings of a least-squares problem."""
+    rng, (channels, height, width, cell) = np.random.default_rng(0), (4, 6, 5, 4)
+    latents = rng.standard_normal((3, channels, height, width)).astype(np.float32)
+    pictures = rng.uniform(-1.2, 1.2, (3, 3, cell * height, cell * width)).astype(np.float32)
+    latents[1, 0, 0, 0] = np.inf  # teaches nothing
+    script = """
+import { LatentPreview } from "./preview.js";
+const preview = new LatentPreview(given.latent, given.cell);
+const [first, second, third] = given.latents.map((row) => Float32Array.from(row, Number));
+preview.learn(first, given.pictures[0]);
+preview.learn(second, given.pictures[1]);
+console.log(JSON.stringify([preview.isReady, Array.from(preview.picture(third))]));
+"""
+    given = {"latent": {"channels": channels, "height": height, "width": width}, "cell": cell}
+    given |= {"latents": [[str(value) for value in row.ravel().tolist()] for row in latents]}
+    given |= {"pictures": [row.ravel().tolist() for row in pictures]}
+    ready, shown = node(tmp_path / "v", script, given)
+    expected = LatentPreview(channels, cell)
+    for row in range(2):
+        expected.learn(latents[row : row + 1], pictures[row : row + 1])
+    assert ready
+    np.testing.assert_allclose(np.reshape(shown, pictures[2].shape), expected(latents[2:])[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(

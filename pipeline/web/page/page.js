@@ -26,12 +26,15 @@ worker.onmessage = ({ data }) => {
     settings = data.settings;
     Object.assign(canvas, { width: settings.picture.width, height: settings.picture.height });
     of("name").textContent = settings.name;
-    of("grammar").textContent = settings.conditioning.grammar;
-    of("prompt").value ||= settings.conditioning.examples[0] ?? "";
+    of("hint").textContent = settings.hint;
+    of("negative-row").hidden = !settings.takes_negative;
+    of("prompt").value ||= settings.examples[0] ?? "";
     of("steps").value ||= settings.n_steps;
     of("guidance").value ||= settings.guidance_scale;
     say("ready");
     rest();
+  } else if (data.text && data.id === undefined) {
+    say(data.text);
   } else if (data.error && data.id === undefined) {
     say(`the model cannot be opened: ${data.error}`, true);
   } else if (data.id !== drawing?.id) {
@@ -41,14 +44,19 @@ worker.onmessage = ({ data }) => {
     rest();
   } else if (data.done) {
     if (data.pixels) show(data.pixels);
-    say(data.stopped ? "stopped" : `drawn in ${((performance.now() - drawing.start) / 1000).toFixed(1)} s`);
+    const seconds = ((performance.now() - drawing.start) / 1000).toFixed(1);
+    say(data.stopped ? "stopped" : [`drawn in ${seconds} s`, ...drawing.notes].join("; "));
     canvas.dataset.drawn = data.id;
     rest();
+  } else if (data.note) {
+    drawing.notes.push(data.note);
+  } else if (data.text) {
+    say(data.text);
   } else {
     bar.max = data.steps;
     bar.value = data.step;
     say(`step ${data.step} of ${data.steps}`);
-    show(data.pixels);
+    if (data.pixels) show(data.pixels);
   }
 };
 worker.onerror = (event) => say(`the engine cannot be started: ${event.message || "see the browser's console"}`, true);
@@ -56,13 +64,14 @@ worker.onerror = (event) => say(`the engine cannot be started: ${event.message |
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (!settings || drawing) return;
-  drawing = { id: ++asked, start: performance.now() };
+  drawing = { id: ++asked, start: performance.now(), notes: [] };
   of("draw").disabled = true;
   of("stop").disabled = false;
   bar.value = 0;
   worker.postMessage({
     id: asked,
     prompt: of("prompt").value,
+    negative: of("negative").value,
     seed: of("seed").value.trim() || "0",
     steps: of("steps").valueAsNumber,
     guidance: of("guidance").valueAsNumber,

@@ -5,7 +5,8 @@ const f32 = Math.fround;
 const TRAIN_STEPS = 1000, BETA_FIRST = 1e-4, BETA_LAST = 2e-2;
 
 /** `count` numbers from `first` to `last`, as numpy.linspace. */
-function linspace(first, last, count) {
+export function linspace(first, last, count) {
+  if (count === 1) return [first];
   const step = (last - first) / (count - 1);
   return Array.from({ length: count }, (_, i) => (i === count - 1 ? last : i * step + first));
 }
@@ -54,16 +55,17 @@ export function guided(prediction, scale) {
 
 /**
  * Denoise `noise` to its end. call(latents, timestep): the prediction of a batch, of two halves under guidance.
- * onStep(steps done, what the picture is about to become) may return false to stop; then null is returned.
+ * onStep(steps done, what the picture is about to become) may return false to stop; then null is returned. Schedulers
+ * of schedulers.js remember it, as `data`.
  */
 export async function sample(call, noise, sampler, scale, onStep) {
   let latents = noise;
   for (let i = 0; i < sampler.timesteps.length; i++) {
     const both = await call(latents, sampler.timesteps[i]);
     const prediction = scale === 1 ? both : guided(both, scale);
-    const estimate = sampler.estimate(latents, prediction, i);
+    const estimate = sampler.estimate?.(latents, prediction, i);
     latents = sampler.advance(latents, prediction, i);
-    if ((await onStep(i + 1, estimate)) === false) return null;
+    if ((await onStep(i + 1, estimate ?? sampler.data)) === false) return null;
   }
   return latents;
 }
