@@ -259,9 +259,9 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
             found = find(args, args.output_dir or Path(folder))
         except UserError as error:
             if args.junit:
-                write_error(args.junit, args.bundle.name, error, time.monotonic() - started)
+                write_error(args.junit, str(args.bundle), error, time.monotonic() - started)
             if args.summary:
-                add_summary(args.summary, failure_summary(args.bundle.name, error))
+                add_summary(args.summary, failure_summary(str(args.bundle), error))
             raise
     write_results(args, found, time.monotonic() - started)
     tell(found, answer)

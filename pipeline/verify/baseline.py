@@ -74,7 +74,7 @@ NOTHING = Tolerance("*", "it may not be worse at all")
 @dataclass(frozen=True)
 class Compared:
     """One number of both. worse_by: negative where it is better, nan where it was not compared. allowed: the most that
-    it may be; why: of the tolerance, or why it was not compared."""
+    it may be; within as much either way the verdict is "as good". why: of the tolerance, or why it was not compared."""
 
     name: str
     baseline: Number | None
@@ -204,7 +204,7 @@ def _compared(name: str, baseline: Record, record: Record, tolerances: Sequence[
     if (tolerance.ignore or math.isnan(before.value)) and not fails_now:
         return left_out(tolerance.why if tolerance.ignore else "the baseline has no number")
     worse_by, allowed = _worse_by(before, now, tolerance), tolerance.allowed(before.value)
-    verdict: Verdict = "better" if worse_by < 0 else "as good" if worse_by <= allowed else "worse"
+    verdict: Verdict = "better" if worse_by < -allowed else "as good" if worse_by <= allowed else "worse"
     return Compared(name, before, now, worse_by, allowed, verdict, tolerance.why)
 
 

@@ -57,8 +57,8 @@ def _compared_case(classname: str, row: Compared) -> ElementTree.Element:
 
 
 def _case(classname: str, name: str, kind: str, text: str, of_type: str = "") -> ElementTree.Element:
+    classname, name, text = (NOT_XML.sub("?", part) for part in (classname, name, text))
     case = ElementTree.Element("testcase", classname=classname, name=name, time="0")
-    text = NOT_XML.sub("?", text)
     child = ElementTree.SubElement(case, kind)
     if kind in COUNTED:
         child.set("message", text)
@@ -76,7 +76,8 @@ def _write(path: Path, engine: str, suites: dict[str, list[ElementTree.Element]]
         # Who adds up suites gets the whole time once.
         time = f"{seconds if suite == next(iter(suites)) else 0:.3f}"
         skipped = sum(case.find("skipped") is not None for case in cases)
-        attributes = {"name": f"{engine}/{suite}".rstrip("/"), "time": time, "skipped": str(skipped)}
+        name = NOT_XML.sub("?", f"{engine}/{suite}".rstrip("/"))
+        attributes = {"name": name, "time": time, "skipped": str(skipped)}
         ElementTree.SubElement(root, "testsuite", attributes | _counts(cases)).extend(cases)
     ElementTree.indent(root)
     with whole_file(path) as part:

@@ -17,6 +17,7 @@ from export.documents import Rules, read_json
 from export.errors import ContractError, RecipeError
 from pipeline import machine
 from pipeline.backends import tool_versions
+from pipeline.bench.measure import SCHEMA_VERSION as BENCH_VERSION
 from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.bundle.card import REPORT, GateRow, Parity
 from pipeline.bundle.hub import located
@@ -216,7 +217,7 @@ def _measured(bundle: Bundle) -> Measured | None:
     if BENCH not in bundle.manifest["files"]:
         return None
     with bundle.copied({BENCH}.__contains__) as private:
-        return read_json(private.path / BENCH, Measured, Rules(version=1))
+        return read_json(private.path / BENCH, Measured, Rules(version=BENCH_VERSION))
 
 
 def _ratios(document: Measured | None) -> dict[str, float]:

@@ -47,7 +47,7 @@ def add_summary(path: Path, text: str) -> None:
     if os.path.lexists(path):
         open_file(path).close()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(("\n" if stream.tell() else "") + text)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from tests.support.bundles import make_reported
 from tests.support.hostile import edit
 from tests.verify.test_baseline import GATES, pipeline
 
+ROOT = Path(__file__).parents[2]
 GREY, LIGHTER = (png(np.full((3, 4, 4), value)) for value in (0.4, 0.6))
 PICTURES = {"float-0.png": GREY, "cpu-0.png": GREY, "cpu-1.png": GREY, "cpu-difference-0.png": GREY}
 
@@ -163,3 +166,17 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(tmp_path: Path, caps
 def test_it_is_for_python_too(pair: tuple[Path, Path]) -> None:
     found = compare_bundles(*pair)
     assert [row.name for row in found.comparison.worse] == ["gates/quant_sqnr_db", "gates/cpu/gemm_exact"]
+
+
+@pytest.mark.process
+def test_it_needs_no_compiler_but_for_the_page(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def without(*args: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.support.absent", "compare", *map(str, (*pair, *args))]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+    done = without("--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["worse"] == 2, done.stderr
+    done = without("-o", tmp_path / "page.html")
+    assert (
+        done.returncode == 3 and "writing a page needs jinja2; install with: pip install 'ditc[build]'" in done.stderr
+    )

@@ -44,7 +44,7 @@ def test_every_gate_and_every_compared_number_is_a_test_case(tmp_path: Path) -> 
 
 
 def test_what_could_not_be_verified_is_an_error(tmp_path: Path) -> None:
-    write_error(tmp_path / "out.xml", "pixart", ContractError("a file\nis missing"), 1.0)
+    write_error(tmp_path / "out.xml", "a name\udcff", ContractError("a file\nis missing"), 1.0)
     root = ElementTree.parse(tmp_path / "out.xml").getroot()
     assert root.attrib["errors"] == root.attrib["tests"] == "1"
     [error] = root.iter("error")
@@ -107,7 +107,7 @@ def test_a_long_table_is_cut_and_says_so() -> None:
 def test_summaries_are_added_to_the_file_of_a_step(tmp_path: Path) -> None:
     path = tmp_path / "sub/step.md"
     add_summary(path, "### a\n")
-    add_summary(path, "### b\n")
-    assert path.read_text() == "### a\n\n### b\n"
+    add_summary(path, "### b\udcff\n")
+    assert path.read_text() == "### a\n\n### b\\udcff\n"
     with pytest.raises(ContractError, match="is a folder, not a file"):
         add_summary(tmp_path, "### a\n")

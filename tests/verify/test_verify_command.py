@@ -132,7 +132,7 @@ def test_what_cannot_be_verified_is_in_every_file(
     code, _, _ = run(capsys, bundle, "--junit", tmp_path / "j.xml", "--summary", tmp_path / "s.md")
     [error] = ElementTree.parse(tmp_path / "j.xml").iter("error")
     assert code == 2 and error.attrib["message"] == "a file differs"
-    assert (tmp_path / "s.md").read_text() == "### FAILED: small\n\na file differs\n"
+    assert (tmp_path / "s.md").read_text() == f"### FAILED: {bundle}\n\na file differs\n"
 
 
 def test_whole_pipelines_are_compared_and_measured_elsewhere(
