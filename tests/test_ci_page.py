@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,12 +17,13 @@ import pytest
 import yaml
 
 from benchmarks import readme
+from pipeline.pytest_plugin import Parity
+from pipeline.verify.baseline import load_tolerances
 from tests.support import hostile
 from tests.support.environments import python_with, without_xdist
 
-BLOCKS = re.findall(
-    r"^```yaml\n(.*?)^```$", (readme.DOCS / "ci.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-)
+PAGE = (readme.DOCS / "ci.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 SCHEMAS = ("vendor.github-workflows", "vendor.gitlab-ci")
 # What breaks each: else the check would show nothing.
 BREAKS = (("    runs-on: ubuntu-latest\n", ""), ("    when: always\n", "    when: sometimes\n"))
@@ -41,6 +44,23 @@ def test_there_is_a_workflow_for_each() -> None:
     for number in range(len(BLOCKS)):
         install, *others = commands(number)
         assert install == INSTALL and all(command.startswith("ditc ") for command in others) and len(others) == 2
+
+
+def test_the_tolerances_shown_are_such(tmp_path: Path) -> None:
+    [shown] = re.findall(r"(?:^ {4}.*\n|^\n)*^ {4}\[\[tolerance\]\]\n(?:^ {4}.*\n|^\n)*", PAGE, re.MULTILINE)
+    path = tmp_path / "tolerances.toml"
+    path.write_text(textwrap.dedent(shown))
+    assert load_tolerances(path)[0].relative == 0.05
+
+
+def test_the_test_shown_is_one() -> None:
+    [code] = re.findall(r"^ {4}(def test_parity.*\n(?: {8}.*\n)*)", PAGE, re.MULTILINE)
+    asked: list[tuple[object, object]] = []
+    namespace: dict[str, Any] = {}
+    exec(textwrap.dedent(f"    {code}"), namespace)
+    namespace["test_parity"]("a bundle", lambda bundle, baseline: asked.append((bundle, baseline)))
+    assert asked == [("a bundle", "parity/baseline.json")]
+    assert "baseline" in inspect.signature(Parity.__call__).parameters
 
 
 @pytest.mark.slow

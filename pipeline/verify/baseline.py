@@ -26,6 +26,8 @@ RULES = Rules(
     "write it by this version's docs/ci.md, or install the version that it is for",
     extra="forbid",
 )
+# How many numbers the verdict names.
+NAMED = 5
 Verdict = Literal["worse", "better", "as good", "not compared"]
 Amount = Annotated[float, Ge(0), Le(1e12)]
 
@@ -115,11 +117,12 @@ class Comparison:
         return [row for row in self.rows if row.verdict == "worse"]
 
     def sentence(self) -> str:
-        """The verdict in one line."""
+        """The verdict in one line, with the first NAMED numbers that are worse."""
         if not self.worse:
             compared = sum(row.verdict != "not compared" for row in self.rows)
             return f"no worse than the baseline in {compared} numbers"
-        return f"worse than the baseline: {'; '.join(row.sentence() for row in self.worse)}"
+        more = f"; and {len(self.worse) - NAMED} more" if len(self.worse) > NAMED else ""
+        return f"worse than the baseline: {'; '.join(row.sentence() for row in self.worse[:NAMED])}{more}"
 
     def document(self) -> dict[str, object]:
         """For JSON."""

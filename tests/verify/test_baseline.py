@@ -89,6 +89,8 @@ def test_without_a_tolerance_nothing_is_tolerated() -> None:
     assert verdicts(found) == {"gates/quant_sqnr_db": "worse", "bytes/cpu": "better"}
     assert found.worse[0].why == NOTHING.why
     assert "quant_sqnr_db = 29.49 dB, baseline 29.5 dB: worse by 0.01, 0 is tolerated" in found.sentence()
+    nothing = replace(record(), numbers={})
+    assert compare(record(), nothing, []).sentence().endswith("this bundle does not; and 1 more")
 
 
 def test_the_first_tolerance_that_fits_holds() -> None:
