@@ -7,6 +7,7 @@ nothing of its own but when a test asks for a fixture.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,8 @@ class Parity:
         """Verify a bundle (see `ditc verify`) and return the report; fail the test where a gate fails.
 
         bundle: an opened one, or its folder. baseline: a bundle, or a file of `verify --write-baseline`, that it may
-        not be worse than. tolerances: a file that says by how much it may. quick: as of `verify --quick`. model: where
-        the float model is, if it moved since the build.
+        not be worse than; what of it cannot be compared is a warning. tolerances: a file that says by how much it may.
+        quick: as of `verify --quick`. model: where the float model is, if it moved since the build.
         """
         from export.errors import UserError
         from pipeline.verify.baseline import compare, load_tolerances
@@ -85,6 +86,8 @@ class Parity:
             pytest.fail(report.sentence(), pytrace=False)
         if before is not None:
             found = compare(before, record_of(opened, report.gates, quick=quick), stated)
+            for note in found.notes:  # what was not compared, and why
+                warnings.warn(f"{opened.path}: {note}", stacklevel=2)
             if found.worse:
                 pytest.fail(found.sentence(), pytrace=False)
         return report

@@ -37,7 +37,7 @@ class Gate:
 
 def within(value: float, limit: float, at_most: bool) -> bool:
     """Does the value lie on the right side of the limit? nan never does."""
-    return value <= limit if at_most else value >= limit
+    return bool(value <= limit if at_most else value >= limit)
 
 
 @dataclass(frozen=True)
