@@ -98,7 +98,7 @@ class Bundle:
         backend, threads = BACKENDS[target], machine.threads(self.threads)
         held = held_files(self.path, self._files_of(target))
         if held is None:
-            with self.copied(backend.files.__contains__) as private:
+            with self.copied(backend.loaded_files.__contains__) as private:
                 return backend.load(private.path, threads)
         engine = HoldingEngine(backend.load(self.path, threads), held)
         try:
@@ -113,7 +113,7 @@ class Bundle:
         return sum(row["size"] for row in self._files_of(self.choose(target)).values())
 
     def _files_of(self, target: str) -> dict[str, File]:
-        files = BACKENDS[target].files
+        files = BACKENDS[target].loaded_files
         return {name: row for name, row in self.manifest["files"].items() if name in files}
 
     @contextmanager

@@ -151,6 +151,8 @@ def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
             hashes = backend.metadata(bundle.manifest, bundle.path / MANIFEST_FILE, LoweredHashes)
             source = {"model.onnx": hashes["onnx_sha256"], "model.onnx.data": hashes["onnx_data_sha256"]}
             compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
+            if problem := backend.kept_problem(bundle.path / target, lowered[target], bundle.recipe):
+                raise ContractError(f"{target}: {problem}; build the bundle again with this version")
     return lowered
 
 
