@@ -33,6 +33,7 @@ from pipeline.backends import metadata_file
 from pipeline.passes.probes import Choice, ProbeRow
 
 if TYPE_CHECKING:
+    from pipeline.backends.feeds import Declared
     from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,13 @@ class Engine(Protocol):
     def run(self, inputs: Arrays) -> Arrays: ...
 
     def close(self) -> None: ...
+
+
+class LoadedEngine(Engine, Protocol):
+    """The engine of a target, which says what it takes."""
+
+    @property
+    def declared(self) -> tuple[Declared, ...]: ...
 
 
 # What an engine computes its unquantized parts in: float32; attention and large linears in FP16; or every tensor of
@@ -288,7 +296,7 @@ class Backend(ABC, Generic[OptionsT]):
         """Make the engine from the lowered graph and write it into `out_dir` (the target's folder of the bundle)."""
 
     @abstractmethod
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         """Engine of a folder of verified files that may go once it is loaded.
 
         threads: of one call, for engines that compute on the CPU; 0: as many as `machine.threads` allows. Raises

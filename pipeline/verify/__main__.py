@@ -42,17 +42,24 @@ def make_parser() -> Parser:
     flags.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
     add_model_flags(flags, "the float model, if it moved since the build")
     flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
+    text = "write calls, what the reference gives in them, and scripts of `polygraphy run` for every target here"
+    flags.add_argument("--polygraphy", type=Path, metavar="DIR", help=text)
     add_threads(flags)
     return flags
 
 
 def verify_bundle(
-    path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
+    path: Path,
+    report_dir: Path,
+    flags: ModelFlags = (None, None, None),
+    threads: int | None = None,
+    polygraphy_dir: Path | None = None,
 ) -> Report:
     """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses.
 
     All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant and
-    configuration than the bundle was built from, None for the same.
+    configuration than the bundle was built from, None for the same. polygraphy_dir: where files for Polygraphy go,
+    whether the gates pass or not.
     """
     machine.require_compiler("verifying a bundle")
     from export.portable import read_layers
@@ -76,16 +83,26 @@ def verify_bundle(
             report, _ = timed(
                 "gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir, threads)
             )
+        if polygraphy_dir is not None:
+            from pipeline.polygraphy.folder import write_folder
+
+            judged = (original, bundle, model, layers, lowered, machine.threads(threads))
+            timed("polygraphy", lambda: write_folder(polygraphy_dir, *judged))
     return report
 
 
 def verify_pipeline(
-    path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
+    path: Path,
+    report_dir: Path,
+    flags: ModelFlags = (None, None, None),
+    threads: int | None = None,
+    polygraphy_dir: Path | None = None,
 ) -> Report:
     """Verify a pipeline bundle: its own gates, whose report goes into `report_dir`, and every component as
     `verify_bundle` does, with a report in a folder of its name there. What is returned has the gates of all, the
     components' with their names in front. flags: another folder of the pipeline
-    than it was built from, and the variant of its weights."""
+    than it was built from, and the variant of its weights. polygraphy_dir: a folder for Polygraphy of each component
+    goes there, by its name."""
     machine.require_compiler("verifying a bundle")
     from pipeline.verify.pipeline_gates import pipeline_report
     from pipeline.verify.pipeline_page import write_pipeline_page
@@ -98,7 +115,8 @@ def verify_pipeline(
     for name in whole.components:
         part = folder.part(name).recipe
         of_part = (part.model, part.model_variant, None)
-        component = verify_bundle(path / name, report_dir / name, of_part, threads)
+        of_polygraphy = None if polygraphy_dir is None else polygraphy_dir / name
+        component = verify_bundle(path / name, report_dir / name, of_part, threads, of_polygraphy)
         report.gates += [replace(gate, name=f"{name}/{gate.name}") for gate in component.gates]
     write_pipeline_page(own, whole, {name: report_dir / name for name in whole.components}, report_dir)
     return report
@@ -169,10 +187,14 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     if args.output_dir:
         refuse_unwritable(args.output_dir, True, "--output-dir")
         refuse_in_bundle([args.output_dir], args.output_dir, "--output-dir")
+    if args.polygraphy:
+        machine.require(("polygraphy",), "verify --polygraphy", "polygraphy")
+        refuse_unwritable(args.polygraphy, True, "--polygraphy")
+        refuse_in_bundle([args.polygraphy], args.polygraphy, "--polygraphy")
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         flags = (args.model, args.variant, args.config)
         verify = verify_pipeline if is_pipeline(args.bundle) else verify_bundle
-        report = verify(args.bundle, args.output_dir or Path(folder), flags, args.threads)
+        report = verify(args.bundle, args.output_dir or Path(folder), flags, args.threads, args.polygraphy)
     for gate in report.gates:
         row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
         answer.event(event="gate", **row)

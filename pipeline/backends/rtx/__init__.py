@@ -18,8 +18,8 @@ from pipeline.backends.base import (
     Backend,
     BuildResult,
     Check,
-    Engine,
     Flag,
+    LoadedEngine,
     LoweredGraph,
     Manifest,
     Options,
@@ -141,7 +141,7 @@ class RtxBackend(Backend[RtxOptions]):
             return kept_graph.other_graph(folder, lowered)
         return kept_graph.other_plugins(folder, lowered, recipe.sampling.batch_size, options.sm)
 
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         from pipeline.backends.rtx.engine import RtxEngine
 
         return RtxEngine(bundle_dir / self.name)

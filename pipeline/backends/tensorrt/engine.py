@@ -59,7 +59,7 @@ class DeserializedEngine(ABC):
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
         dtypes = {name: trt.nptype(self._engine.get_tensor_dtype(name)) for name in names}
-        self._declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
+        self.declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
 
     @abstractmethod
     def _prepared(self, arrays: Arrays) -> PreparedCall:
@@ -70,7 +70,7 @@ class DeserializedEngine(ABC):
         import torch
 
         arrays = {name: np.array(array, order="C") for name, array in inputs.items()}
-        feeds.check_feeds(self._declared, arrays)
+        feeds.check_feeds(self.declared, arrays)
         shapes = tuple((name, array.shape) for name, array in sorted(arrays.items()))
         with self._lock, torch.cuda.stream(self._stream):
             if self._engine is None:

@@ -20,7 +20,7 @@ from pipeline.backends.base import (
     Backend,
     BuildResult,
     Check,
-    Engine,
+    LoadedEngine,
     LoweredGraph,
     Manifest,
     Options,
@@ -110,7 +110,7 @@ class TrtBackend(Backend[TrtOptions]):
         sms = tuple(needs["compute_capabilities"])
         return kept_graph.other_plugins(folder, lowered, recipe.sampling.batch_size, sms)
 
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         from pipeline.backends.trt.engine import TrtEngine
 
         return TrtEngine(bundle_dir / self.name)

@@ -3,7 +3,6 @@ for."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.rtx import RtxBackend, RtxOptions
-from pipeline.backends.tensorrt import kept_graph
 from pipeline.backends.tensorrt.build import build_engine
 from pipeline.backends.tensorrt.engine import ENGINE, RTX
 from pipeline.backends.tensorrt.kept_graph import kept_names
@@ -115,22 +113,10 @@ def test_other_weights_and_a_half_are_found(kept: tuple[str, Path, LoweredGraph]
     assert problem is not None and str(tmp_path / DATA) in problem
 
 
-@pytest.mark.parametrize(("wanted", "small", "names"), [("no", 2**40, ()), ("auto", 0, ()), ("yes", 0, (MODEL, DATA))])
-def test_it_is_kept_where_it_is_small_or_asked_for(
-    wanted: str,
-    small: int,
-    names: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(kept_graph, "SMALL_BYTES", small)
-    with caplog.at_level(logging.INFO, kept_graph.__name__):
-        lowered, result = built(tmp_path, recipe("tensorrt", wanted))
-    assert kept_names(tmp_path / "rtx") == names
-    assert [name for name in result.files if name.startswith("rtx/model.onnx")] == [f"rtx/{name}" for name in names]
-    assert ("--set rtx.keep_onnx=yes keeps it" in caplog.text) == (wanted == "auto")
-    assert RtxBackend().kept_problem(tmp_path / "rtx", lowered, recipe("tensorrt", wanted)) is None
+def test_nothing_is_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    lowered, result = built(tmp_path, recipe("tensorrt", "no"))
+    assert not kept_names(tmp_path / "rtx") and not {f"rtx/{name}" for name in (MODEL, DATA)} & set(result.files)
+    assert RtxBackend().kept_problem(tmp_path / "rtx", lowered, recipe("tensorrt", "no")) is None
 
 
 def test_a_bundle_may_have_it_and_no_engine_is_loaded_from_it() -> None:
