@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from export.documents import shown
+from export.errors import ContractError
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import CONDITION, MODEL, TIMESTEP
 from pipeline.backends.metadata_file import Shapes
@@ -14,8 +16,12 @@ from pipeline.backends.tensorrt.engine import ENGINE
 from pipeline.bundle.bundle import Bundle
 from pipeline.files import MANIFEST_FILE
 
-# In words of a command: the bundle's folder, a variable of the script.
-BUNDLE = "$bundle"
+
+class Written(str):
+    """A word in which the shell puts the value of a variable: written here, as names in a bundle may be hostile."""
+
+
+BUNDLE = Written("$bundle")
 INPUTS, EXPECTED, LAYER_INPUTS, LAYERS, FEEDS = (
     "inputs.json",
     "expected.json",
@@ -54,7 +60,19 @@ class Command:
 
 
 def _quoted(word: str) -> str:
-    return f'"{word}"' if BUNDLE in word else shlex.quote(word)
+    return f'"{word}"' if isinstance(word, Written) else shlex.quote(word)
+
+
+def in_bundle(name: str, before: str = "") -> Written:
+    """A file of the bundle."""
+    return Written(f"{before}{BUNDLE}/{name}")
+
+
+def refuse_flags(bundle: Bundle, names: Iterable[str]) -> None:
+    """Raise ContractError for a tensor's name that a command would read as a flag."""
+    if flag := next((name for name in names if name.startswith("-")), None):
+        called = f"a tensor is called {shown(flag)}, as no build calls one"
+        raise ContractError(f"{bundle.path}: {called}; verify the bundle, or build it again")
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,10 @@ class Feed:
 class Target:
     """A target of a bundle. inputs_of: names of the inputs of one of its graphs. engine_db, graphs_db: the limits of
     its engine and of its graphs by output; layers_db: by tensor of a quantized linear's output in the portable graph,
-    none where they are not compared."""
+    none where they are not compared.
+
+    Raises ContractError for a name that would be a flag in a command.
+    """
 
     name: str
     bundle: Bundle
@@ -78,6 +99,9 @@ class Target:
     engine_db: Mapping[str, float]
     graphs_db: Mapping[str, float]
     layers_db: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        refuse_flags(self.bundle, (*self.engine_db, *self.graphs_db, *self.layers_db))
 
     def has(self, file: str) -> bool:
         return f"{self.name}/{file}" in self.bundle.manifest["files"]
@@ -92,12 +116,11 @@ class Target:
         for file in filter(self.has, (CONDITION, TIMESTEP, MODEL)):
             part = file.removesuffix(".onnx")
             feeds.append(Feed(f"{self.name}_{part}", self.inputs_of(f"{self.name}/{file}"), tuple(saved)))
-            words = ("run", f"{BUNDLE}/{self.name}/{file}", *runner)
+            words = ("run", in_bundle(f"{self.name}/{file}"), *runner)
             words += ("--data-loader-script", f"{FEEDS}:{feeds[-1].function}")
             if file == MODEL:
-                commands.append(
-                    Command(f"{file}, of what stands above.", (*words, *_compared(EXPECTED, self.graphs_db)))
-                )
+                words += _compared(EXPECTED, self.graphs_db)
+                commands.append(Command(f"{file}, of what stands above.", words))
                 break
             saved.append(f"{self.name}.{part}.json")
             why = f"{file}, whose results {MODEL} reads."
@@ -137,7 +160,7 @@ def of_cuda(target: Target) -> tuple[list[Command], list[Feed]]:
 
 
 def of_portable(target: Target) -> tuple[list[Command], list[Feed]]:
-    path = f"{BUNDLE}/{MODEL}"
+    path = in_bundle(MODEL)
     commands = [
         Command(
             "The portable model in onnxruntime, nothing of ditc in it.",
@@ -156,7 +179,7 @@ def of_rtx(target: Target) -> tuple[list[Command], list[Feed]]:
     """Polygraphy does not know plugins in Python, which ours are: with them the engine alone runs."""
     if "plugins" in target.bundle.manifest["targets"][target.name]["metadata"]:
         return of_engine(target)
-    commands, path = list[Command](), f"{BUNDLE}/{target.name}/{MODEL}"
+    commands, path = list[Command](), in_bundle(f"{target.name}/{MODEL}")
     if target.has(MODEL):
         words = ("run", path, "--onnxrt", *AS_IT_STANDS, *_called(target.graphs_db))
         commands.append(Command("The graph that the builder got, in onnxruntime on the CPU.", words))
@@ -173,7 +196,9 @@ def of_trt(target: Target) -> tuple[list[Command], list[Feed]]:
 def _shapes(target: Target) -> dict[str, tuple[list[int], list[int], list[int]]]:
     """Least, usual and largest of every input."""
     manifest, source = target.bundle.manifest, target.bundle.path / MANIFEST_FILE
-    return BACKENDS[target.name].metadata(manifest, source, Shapes)["shapes"]
+    shapes = BACKENDS[target.name].metadata(manifest, source, Shapes)["shapes"]
+    refuse_flags(target.bundle, shapes)
+    return shapes
 
 
 def _build_flags(target: Target) -> list[str]:
@@ -189,12 +214,12 @@ def _build_flags(target: Target) -> list[str]:
 
 def _of_engine(target: Target, environment: str, tool: str) -> list[Command]:
     """An engine file in Polygraphy's own runner, and timed by the vendor's tool."""
-    path = f"{BUNDLE}/{target.name}/{ENGINE}"
+    name = f"{target.name}/{ENGINE}"
     usual = ",".join(f"{name}:{'x'.join(map(str, sizes[1]))}" for name, sizes in _shapes(target).items())
-    words = ("run", path, "--model-type", "engine", "--trt", *_called(target.engine_db))
+    words = ("run", in_bundle(name), "--model-type", "engine", "--trt", *_called(target.engine_db))
     return [
         Command("The engine file in Polygraphy's own runner.", words, "GPU", environment),
-        Command("How fast it is.", (f"--loadEngine={path}", f"--shapes={usual}"), "GPU", tool=tool),
+        Command("How fast it is.", (in_bundle(name, "--loadEngine="), f"--shapes={usual}"), "GPU", tool=tool),
     ]
 
 

@@ -64,8 +64,8 @@ def write_folder(
     layers: Sequence[QuantizedLinear],
     lowered: Mapping[str, LoweredGraph],
     threads: int,
-) -> list[LayerRow]:
-    """Write all files, over those that stand there; returns the table of layers, none of an autoencoder.
+) -> None:
+    """Write all files, over those that stand there.
 
     bundle: where its user has it; copy: a private copy of the same. layers: none of an autoencoder. lowered: its
     graphs by target. threads: of a lowered graph's calls.
@@ -81,6 +81,7 @@ def write_folder(
     rows = layer_table(layers, lowered, graphs, calls, threads) if layers else []
     if rows:
         write_table(rows, folder / TABLE)
+        logger.info("of %d quantized linears %s is nearest to its limit: %.1f dB above", *_worst(rows))
     layer_limits: dict[str, float] = {}
     if rows and PORTABLE in lowered and not is_large(model):
         layer_limits = _save_layers(calls, lowered[PORTABLE], folder)
@@ -98,7 +99,10 @@ def write_folder(
     (folder / commands.FEEDS).write_text(feeds_module(feeds), encoding="utf-8")
     lines = ["#!/bin/sh", "set -eu", 'here="$(dirname "$0")"', *(f'sh "$here/{name}.sh" "$@"' for name in copy.targets)]
     (folder / ALL).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return rows
+
+
+def _worst(rows: Sequence[LayerRow]) -> tuple[int, str, float]:
+    return len(rows), rows[0].name, rows[0].margin_db
 
 
 def _save_calls(calls: Sequence[Arrays], path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from export.errors import ContractError
 from pipeline.backends import ROWS
 from pipeline.backends.base import CONDITION, MODEL, TIMESTEP
 from pipeline.bundle.bundle import Bundle
@@ -82,6 +83,27 @@ def test_polygraphy_builds_what_was_kept_and_no_plugins() -> None:
 def test_trt_is_all_for_a_gpu() -> None:
     commands, _ = commands_of(target("trt", (MODEL,)))
     assert {command.needs for command in commands} == {"GPU"} and "--shapes=x:2x3" in texts(commands)[-1]
+
+
+def test_a_name_that_would_be_a_flag_is_refused() -> None:
+    flag = "--compare-func-script=x"
+    with pytest.raises(ContractError, match=f"'{flag}', as no build calls one"):
+        target("onnx", layers=("a/output", flag))
+    with pytest.raises(ContractError, match=f"'{flag}', as no build calls one"):
+        commands_of(target("rtx", (MODEL,), shapes={"x": SHAPES["x"], flag: SHAPES["x"]}))
+
+
+@pytest.mark.process
+def test_no_name_of_a_bundle_is_more_than_a_word(tmp_path: Path) -> None:
+    names = ("$bundle$(touch made)", "`touch made`", "a b", "'; touch made; '", '"', "a\nb")
+    hostile = target("onnx", layers=names)
+    (tmp_path / "onnx.sh").write_text(script(hostile, commands_of(hostile)[0]))
+    (tmp_path / "tool").write_text('#!/bin/sh\nprintf "%s\\000" "$@" > words\n')
+    (tmp_path / "tool").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "POLYGRAPHY": "tool"}
+    subprocess.run(["sh", str(tmp_path / "onnx.sh"), str(tmp_path)], env=environment, check=True)
+    words = (tmp_path / "words").read_text().split("\0")
+    assert set(names) < set(words) and not (tmp_path / "made").exists()
 
 
 @pytest.mark.process

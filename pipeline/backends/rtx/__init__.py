@@ -24,7 +24,7 @@ from pipeline.backends.base import (
     Manifest,
     Options,
 )
-from pipeline.backends.tensorrt.engine import ENGINE, RTX
+from pipeline.backends.tensorrt.engine import ENGINE, RTX, KeepOnnx
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -47,7 +47,7 @@ class RtxOptions(Options):
     attention: Literal["fp16", "fp32"] = "fp16"
     path: Literal["tensorrt", "plugin"] = "tensorrt"
     operands: Literal["auto", "fp8", "int8"] = "auto"
-    keep_onnx: Literal["auto", "yes", "no"] = "auto"
+    keep_onnx: KeepOnnx = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

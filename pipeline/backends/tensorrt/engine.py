@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ENGINE = "model.engine"
 # The modules of both products; what the first builds is for GPUs which need not be here.
 RTX, TRT = "tensorrt_rtx", "tensorrt"
+# Options of both targets: is the ONNX that the builder got kept beside the engine? See kept_graph.
+KeepOnnx = Literal["auto", "yes", "no"]
 
 
 class PreparedCall(Protocol):

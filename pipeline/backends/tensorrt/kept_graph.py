@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import onnx
 
@@ -13,12 +12,12 @@ from export.onnx_files import read_graph
 from pipeline.backends.base import DATA, MODEL, LoweredGraph
 from pipeline.backends.graph_files import link_or_copy
 from pipeline.backends.tensorrt.build import shape_bounds
+from pipeline.backends.tensorrt.engine import KeepOnnx
 from pipeline.backends.tensorrt.plugin_graph import plugin_graph
 from plugins.gpu.tiles import prefers_integers
 from plugins.tensorrt.payload import FIELD
 
 logger = logging.getLogger(__name__)
-KeepOnnx = Literal["auto", "yes", "no"]
 # A graph has all weights as the engine has them, and so about the engine's size: kept, it doubles what the target
 # weighs on the disk, on the hub and in every check of hashes. Up to 64 MiB, from where on bundles count as large
 # (bundle/in_place.py), that is a second of a download and a tenth of one of hashing, and all bundled models are below.

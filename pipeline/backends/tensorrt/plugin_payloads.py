@@ -22,8 +22,8 @@ from pipeline.backends.fused.lower import LowerFused
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.tensorrt.build import Facts, build_engine, shape_bounds
-from pipeline.backends.tensorrt.engine import RTX
-from pipeline.backends.tensorrt.kept_graph import KeepOnnx, keep
+from pipeline.backends.tensorrt.engine import RTX, KeepOnnx
+from pipeline.backends.tensorrt.kept_graph import keep
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED, KernelNode, RowRange, plugin_graph
 from pipeline.passes.probes import Choice

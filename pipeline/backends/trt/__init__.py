@@ -25,7 +25,7 @@ from pipeline.backends.base import (
     Manifest,
     Options,
 )
-from pipeline.backends.tensorrt.engine import ENGINE, TRT
+from pipeline.backends.tensorrt.engine import ENGINE, TRT, KeepOnnx
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -38,7 +38,7 @@ class TrtOptions(Options):
     target: ClassVar[str] = "trt"
     attention: Literal["fp16", "fp32"] = "fp16"
     operands: Literal["auto", "fp8", "int8"] = "auto"
-    keep_onnx: Literal["auto", "yes", "no"] = "auto"
+    keep_onnx: KeepOnnx = "auto"
 
 
 class TrtBackend(Backend[TrtOptions]):

@@ -16,7 +16,7 @@ from pipeline.backends.fused.lower import recipe_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.tensorrt import kept_graph, plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine, make_logger
-from pipeline.backends.tensorrt.engine import ENGINE, TRT
+from pipeline.backends.tensorrt.engine import ENGINE, TRT, KeepOnnx
 from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED, KernelNode
 from pipeline.files import write_json
@@ -48,9 +48,7 @@ def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:
     return save_lowered(model, work_dir, lowering)
 
 
-def build(
-    lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int, keep_onnx: kept_graph.KeepOnnx = "no"
-) -> BuildResult:
+def build(lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int, keep_onnx: KeepOnnx = "no") -> BuildResult:
     """Engine, its graph if it is kept, metadata.json and lowering.json.
 
     Raises ContractError where a plugin is not in the engine.

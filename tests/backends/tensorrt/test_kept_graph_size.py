@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.backends.base import DATA, MODEL
 from pipeline.backends.tensorrt import kept_graph
+from pipeline.backends.tensorrt.engine import KeepOnnx
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from pipeline.backends.tensorrt import kept_graph
     [("auto", 0, True), ("auto", 1, False), ("yes", 1, True), ("no", 0, False)],
 )
 def test_it_is_kept_where_it_is_small_or_asked_for(
-    wanted: kept_graph.KeepOnnx, size: int, kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    wanted: KeepOnnx, size: int, kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """size: bytes above those of a small one. The graph's own name does not matter, that of its weights is in it."""
     (tmp_path / "rtx").mkdir()
