@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from pipeline.backends.tensorrt.plan_file import read_engine_file
 from pipeline.verify.__main__ import verify_bundle
 from pipeline.verify.report import Report
+from tests.support import tiny_text, tiny_vae
 from tests.support.environments import without_xdist
 from tests.support.quick_build import build_unproven
 
@@ -36,8 +38,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `verify` writes it; no gate is looked at here."""
-    work = tmp_path_factory.mktemp("work")
+    return write_for(bundle, tmp_path_factory.mktemp("work"))
+
+
+def write_for(bundle: Path, work: Path) -> Path:
+    """As `verify` writes it into `work`/out; no gate is looked at here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.verify.proof.verify", lambda *_: Report())
         verify_bundle(bundle, work / "report", threads=1, polygraphy_dir=work / "out")
@@ -82,6 +87,23 @@ def test_each_target_is_within_its_limits_in_polygraphy(
     if target == "rtx" and not HAS_RTX:
         pytest.skip("tensorrt-rtx is not installed")
     done = polygraphy_run(folder / f"{target}.sh", installed)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    rows = compared(done.stdout)
+    assert len(rows) == comparisons and all(row.endswith("| PASSED") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "engine", "comparisons"),
+    [(tiny_text.clip_folder, "clip_w4a8", 3 * 4), (tiny_vae.vae_folder, "vae_decoder", 4)],
+    ids=["text encoder", "autoencoder"],
+)
+def test_other_parts_of_a_pipeline_are_looked_at_too(
+    make: Callable[[Path], Path], engine: str, comparisons: int, installed: Path, tmp_path: Path
+) -> None:
+    """Every output of two calls, of the engine and of its graph."""
+    flags = ("--engine", engine, "-m", str(make(tmp_path)), "--target", "cpu")
+    write_for(build_unproven(tmp_path / "b", *flags), tmp_path)
+    done = polygraphy_run(tmp_path / "out/cpu.sh", installed)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     rows = compared(done.stdout)
     assert len(rows) == comparisons and all(row.endswith("| PASSED") for row in rows)
