@@ -29,6 +29,7 @@ HEAVY = {
     "tensorrt_rtx",
     "triton",
     "matplotlib",
+    "polygraphy",
     "sklearn",
 }
 # Modules that define torch modules; they are themselves imported inside functions only.
@@ -72,6 +73,8 @@ DEFINES_TORCH_MODULES |= {
     "pipeline/backends/cuda/torch_onnx.py",
 }
 DEFINES_TORCH_MODULES |= {f"plugins/gpu/{name}.py" for name in KERNEL_MODULES}
+# Likewise of Polygraphy: who imports these has it.
+DEFINES_TORCH_MODULES |= {"pipeline/polygraphy/runners.py", "pipeline/polygraphy/run_arguments.py"}
 FILES = sorted(path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 TYPE_ONLY = "TYPE_CHECKING"
 
@@ -95,7 +98,7 @@ ORDER = (
     ),
     ("compile_pipeline",),
     ("compiler",),
-    ("bench", "verify"),
+    ("bench", "polygraphy", "verify"),
     ("calibrate",),
     ("serve",),
     ("text_to_image",),

@@ -33,6 +33,7 @@ from pipeline.backends import metadata_file
 from pipeline.passes.probes import Choice, ProbeRow
 
 if TYPE_CHECKING:
+    from pipeline.backends.feeds import Declared
     from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,13 @@ class Engine(Protocol):
     def run(self, inputs: Arrays) -> Arrays: ...
 
     def close(self) -> None: ...
+
+
+class LoadedEngine(Engine, Protocol):
+    """The engine of a target, which says what it takes."""
+
+    @property
+    def declared(self) -> tuple[Declared, ...]: ...
 
 
 # What an engine computes its unquantized parts in: float32; attention and large linears in FP16; or every tensor of
@@ -195,8 +203,10 @@ class Backend(ABC, Generic[OptionsT]):
     quantizes_attention: ClassVar[bool] = False
     # Made to run anywhere and not to be fast: verified with less effort, not measured beside others.
     slow: ClassVar[bool] = False
-    # What a build of it may make, in the target's folder of the bundle.
+    # What a build of it may make, in the target's folder of the bundle; and what of that no engine is loaded from,
+    # kept for other programs.
     file_names: ClassVar[frozenset[str]]
+    kept_names: ClassVar[frozenset[str]] = frozenset()
     # Disk that a build takes besides what every build does: the lowered graph and the engine.
     disk_bytes_per_parameter: ClassVar[float]
     # A build takes a moment and gives equal bytes, so that `verify` repeats it. Other engines come from a vendor's
@@ -216,6 +226,11 @@ class Backend(ABC, Generic[OptionsT]):
     def files(self) -> frozenset[str]:
         """Names in the bundle of all files that a build of it may make."""
         return frozenset(f"{self.name}/{name}" for name in self.file_names)
+
+    @property
+    def loaded_files(self) -> frozenset[str]:
+        """Those of `files` that its engine is loaded from."""
+        return self.files - {f"{self.name}/{name}" for name in self.kept_names}
 
     # --- this machine ------------------------------------------------------------------------------------------------
 
@@ -281,12 +296,17 @@ class Backend(ABC, Generic[OptionsT]):
         """Make the engine from the lowered graph and write it into `out_dir` (the target's folder of the bundle)."""
 
     @abstractmethod
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         """Engine of a folder of verified files that may go once it is loaded.
 
         threads: of one call, for engines that compute on the CPU; 0: as many as `machine.threads` allows. Raises
         EnvironmentLacksError where it would not run, or not exactly.
         """
+
+    def kept_problem(self, folder: Path, lowered: LoweredGraph, recipe: Recipe) -> str | None:
+        """Why what a bundle keeps for other programs in the target's folder is not what the builder got that the
+        engine is from, where `lowered` is; None where it is, and where nothing is kept."""
+        return None
 
     # --- verification ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from export.models.families import DENOISER, FAMILIES, TEXT_ENCODER, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
-from pipeline.backends.base import Engine
+from pipeline.backends.base import LoadedEngine
 from pipeline.bundle import manifest
 from pipeline.bundle.contents import GENERATION_FILES, HUB_FILES, refuse_strange_files, refuse_unknown_targets
 from pipeline.bundle.hub import located
@@ -86,7 +86,7 @@ class Bundle:
             problems.append(problem)
         raise EnvironmentLacksError("; ".join(problems) or f"{self.path} has no target that can run")
 
-    def engine(self, target: str = "auto") -> Engine:
+    def engine(self, target: str = "auto") -> LoadedEngine:
         """Load the engine of `target`, or of the fastest target that fits this machine.
 
         Small files, and those that other users may change, are loaded from a private copy, hashed while it is made:
@@ -98,7 +98,7 @@ class Bundle:
         backend, threads = BACKENDS[target], machine.threads(self.threads)
         held = held_files(self.path, self._files_of(target))
         if held is None:
-            with self.copied(backend.files.__contains__) as private:
+            with self.copied(backend.loaded_files.__contains__) as private:
                 return backend.load(private.path, threads)
         engine = HoldingEngine(backend.load(self.path, threads), held)
         try:
@@ -113,7 +113,7 @@ class Bundle:
         return sum(row["size"] for row in self._files_of(self.choose(target)).values())
 
     def _files_of(self, target: str) -> dict[str, File]:
-        files = BACKENDS[target].files
+        files = BACKENDS[target].loaded_files
         return {name: row for name, row in self.manifest["files"].items() if name in files}
 
     @contextmanager

@@ -37,7 +37,8 @@ from typing import NamedTuple
 
 from export.documents import open_file
 from export.errors import ContractError
-from pipeline.backends.base import Arrays, Engine
+from pipeline.backends.base import Arrays, LoadedEngine
+from pipeline.backends.feeds import Declared
 from pipeline.bundle.manifest_schema import File
 
 logger = logging.getLogger(__name__)
@@ -137,8 +138,13 @@ def _close(files: Sequence[BufferedReader]) -> None:
 class HoldingEngine:
     """An engine, and the files that it was loaded from; see Engine."""
 
-    engine: Engine
+    engine: LoadedEngine
     files: HeldFiles | None
+
+    @property
+    def declared(self) -> tuple[Declared, ...]:
+        """As of the engine."""
+        return self.engine.declared
 
     def run(self, inputs: Arrays) -> Arrays:
         """As of the engine. Raises ContractError, too, where a file was changed under it."""

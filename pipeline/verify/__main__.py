@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.documents import sha256
-from export.errors import ContractError, ParityError, RegressionError, UserError
+from export.errors import ContractError, ParityError, RecipeError, RegressionError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import read_config
 from pipeline import machine
@@ -78,6 +78,8 @@ def make_parser() -> Parser:
     flags.add_argument(
         "--summary", type=Path, metavar="FILE.md", help="add a summary in Markdown to the end of this file"
     )
+    text = "write calls, what the reference gives in them, and scripts of `polygraphy run` for every target here"
+    flags.add_argument("--polygraphy", type=Path, metavar="DIR", help=text)
     add_threads(flags)
     return flags
 
@@ -88,12 +90,14 @@ def verify_bundle(
     flags: ModelFlags = (None, None, None),
     threads: int | None = None,
     quick: bool = False,
+    polygraphy_dir: Path | None = None,
 ) -> Report:
     """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses.
 
     All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant and
     configuration than the bundle was built from, None for the same. quick: of the files all, of the targets those
-    that run here, and less of them (see effort.py), within the same limits; the report says so.
+    that run here, and less of them (see effort.py), within the same limits; the report says so. polygraphy_dir: where
+    files for Polygraphy go, whether the gates pass or not.
     """
     machine.require_compiler("verifying a bundle")
     from export.portable import read_layers
@@ -121,6 +125,11 @@ def verify_bundle(
             note = quick_note(targets, bundle.targets, steps) if quick else None
             judged = (model, layers, lowered, engines, recipe, report_dir, threads, note)
             report, _ = timed("gates", lambda: verify(*judged))
+        if polygraphy_dir is not None:
+            from pipeline.polygraphy.folder import write_folder
+
+            shown = (original, bundle, model, layers, lowered, machine.threads(threads))
+            timed("polygraphy", lambda: write_folder(polygraphy_dir, *shown))
     return report
 
 
@@ -130,11 +139,13 @@ def verify_pipeline(
     flags: ModelFlags = (None, None, None),
     threads: int | None = None,
     quick: bool = False,
+    polygraphy_dir: Path | None = None,
 ) -> Report:
     """Verify a pipeline bundle: its own gates, whose report goes into `report_dir`, and every component as
     `verify_bundle` does, with a report in a folder of its name there. What is returned has the gates of all, the
     components' with their names in front. flags: another folder of the pipeline
-    than it was built from, and the variant of its weights. quick: of every component, as of `verify_bundle`."""
+    than it was built from, and the variant of its weights. quick: of every component, as of `verify_bundle`.
+    polygraphy_dir: a folder for Polygraphy of each component goes there, by its name."""
     machine.require_compiler("verifying a bundle")
     from pipeline.verify.pipeline_gates import pipeline_report
     from pipeline.verify.pipeline_page import write_pipeline_page
@@ -147,7 +158,8 @@ def verify_pipeline(
     for name in whole.components:
         part = folder.part(name).recipe
         of_part = (part.model, part.model_variant, None)
-        component = verify_bundle(path / name, report_dir / name, of_part, threads, quick)
+        of_polygraphy = None if polygraphy_dir is None else polygraphy_dir / name
+        component = verify_bundle(path / name, report_dir / name, of_part, threads, quick, of_polygraphy)
         report.gates += [replace(gate, name=f"{name}/{gate.name}") for gate in component.gates]
         report.notes += [f"{name}: {note}" for note in component.notes]
     write_pipeline_page(own, whole, {name: report_dir / name for name in whole.components}, report_dir)
@@ -201,6 +213,8 @@ def lower_again(bundle: Bundle, folder: Path, targets: Sequence[str]) -> dict[st
             hashes = backend.metadata(bundle.manifest, bundle.path / MANIFEST_FILE, LoweredHashes)
             source = {"model.onnx": hashes["onnx_sha256"], "model.onnx.data": hashes["onnx_data_sha256"]}
             compare(scratch, target, {f"{target}/{name}": digest for name, digest in source.items()})
+            if problem := backend.kept_problem(bundle.path / target, lowered[target], bundle.recipe):
+                raise ContractError(f"{target}: {problem}; build the bundle again with this version")
     return lowered
 
 
@@ -235,7 +249,7 @@ def find(args: argparse.Namespace, report_dir: Path) -> Found:
     measured = None if args.bench is None else read_bench(args.bench, args.bundle)
     verify = verify_pipeline if is_pipeline(args.bundle) else verify_bundle
     flags = (args.model, args.variant, args.config)
-    report = verify(args.bundle, report_dir, flags, args.threads, args.quick)
+    report = verify(args.bundle, report_dir, flags, args.threads, args.quick, args.polygraphy)
     record = record_of(open_any(args.bundle), report.gates, measured, args.quick)
     return Found(report, record, None if baseline is None else compare_with(baseline, record, tolerances))
 
@@ -278,6 +292,14 @@ def refuse_unwritable_results(args: argparse.Namespace) -> None:
     if args.output_dir:
         refuse_unwritable(args.output_dir, True, "--output-dir")
         refuse_in_bundle([args.output_dir], args.output_dir, "--output-dir")
+    if args.polygraphy:
+        machine.require(("polygraphy",), "verify --polygraphy", "polygraphy")
+        if args.quick:
+            raise RecipeError(
+                "--polygraphy writes files for every target, and --quick leaves some out; give one of them"
+            )
+        refuse_unwritable(args.polygraphy, True, "--polygraphy")
+        refuse_in_bundle([args.polygraphy], args.polygraphy, "--polygraphy")
     for flag in ("junit", "summary", "write_baseline"):
         if path := getattr(args, flag):
             refuse_unwritable(path, False, f"--{flag.replace('_', '-')}")

@@ -68,8 +68,10 @@ OTHER = {
     "rtx.attention": "fp32",
     "rtx.path": "plugin",
     "rtx.operands": "int8",
+    "rtx.keep_onnx": "no",
     "trt.attention": "fp32",
     "trt.operands": "fp8",
+    "trt.keep_onnx": "yes",
     "cuda.weights": "packed",
     "cuda.operands": "int8",
     "cuda.activations": "fp32",
@@ -188,6 +190,7 @@ BAD_VALUES = [
     ("cuda.weights", "fp8"),
     ("cuda.operands", "fp4"),
     ("rtx.operands", "int4"),
+    ("rtx.keep_onnx", "small"),
     ("trt.operands", ""),
     ("cuda.activations", "bf16"),
 ]

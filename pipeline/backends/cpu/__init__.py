@@ -18,7 +18,7 @@ from pipeline.backends.base import (
     Backend,
     BuildResult,
     Check,
-    Engine,
+    LoadedEngine,
     LoweredGraph,
     Manifest,
     Options,
@@ -119,7 +119,7 @@ class CpuBackend(Backend[CpuOptions]):
 
         return build.build(lowered, out_dir)
 
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         from pipeline.backends.cpu.engine import CpuEngine, lacking, provided, required
 
         machine.require((self.package,), "running the cpu engine")

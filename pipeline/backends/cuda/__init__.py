@@ -25,7 +25,7 @@ from pipeline.backends.base import (
     Backend,
     BuildResult,
     Check,
-    Engine,
+    LoadedEngine,
     LoweredGraph,
     Manifest,
     Options,
@@ -120,7 +120,7 @@ class CudaBackend(Backend[CudaOptions]):
 
         return build.build(lowered, out_dir, self.options(recipe))
 
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         from pipeline.backends.cuda.engine import CudaEngine
 
         return CudaEngine(bundle_dir / self.name)

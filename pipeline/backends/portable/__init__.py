@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends import PORTABLE, stock_runtime
-from pipeline.backends.base import DATA, MODEL, Backend, BuildResult, Check, Engine, LoweredGraph, Manifest, Options
+from pipeline.backends.base import (
+    DATA,
+    MODEL,
+    Backend,
+    BuildResult,
+    Check,
+    LoadedEngine,
+    LoweredGraph,
+    Manifest,
+    Options,
+)
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -66,7 +76,7 @@ class PortableBackend(Backend[PortableOptions]):
         """Nothing is written: the engine is the file that was exported."""
         return BuildResult((MODEL, DATA), lowered)
 
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         from pipeline.backends.portable.engine import PortableEngine
 
         machine.require((self.package,), "running the portable model")

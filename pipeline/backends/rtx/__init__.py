@@ -12,17 +12,19 @@ from export.errors import EnvironmentLacksError
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import (
+    DATA,
+    MODEL,
     Arithmetic,
     Backend,
     BuildResult,
     Check,
-    Engine,
     Flag,
+    LoadedEngine,
     LoweredGraph,
     Manifest,
     Options,
 )
-from pipeline.backends.tensorrt.engine import ENGINE, RTX
+from pipeline.backends.tensorrt.engine import ENGINE, RTX, KeepOnnx
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -34,7 +36,8 @@ class RtxOptions(Options):
 
     attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "tensorrt"
     expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
-    stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike.
+    stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike. keep_onnx:
+    does the bundle keep the graph that the builder got? "auto": a small one (tensorrt/kept_graph.py).
     """
 
     target: ClassVar[str] = "rtx"
@@ -44,6 +47,7 @@ class RtxOptions(Options):
     attention: Literal["fp16", "fp32"] = "fp16"
     path: Literal["tensorrt", "plugin"] = "tensorrt"
     operands: Literal["auto", "fp8", "int8"] = "auto"
+    keep_onnx: KeepOnnx = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +75,8 @@ class RtxBackend(Backend[RtxOptions]):
     package = RTX
     needs_gpu = True
     speed_rank = 3
-    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
+    kept_names = frozenset({MODEL, DATA})
+    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME, *kept_names})
     disk_bytes_per_parameter = 2.5  # the lowered graph and the engine
     flags = (Flag("--target-sm", "sm", integers, "89,120", "GPUs that the rtx engine is built for"),)
 
@@ -128,7 +133,15 @@ class RtxBackend(Backend[RtxOptions]):
 
         return build.build(lowered, out_dir, self.options(recipe), recipe.sampling.batch_size)
 
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def kept_problem(self, folder: Path, lowered: LoweredGraph, recipe: Recipe) -> str | None:
+        from pipeline.backends.tensorrt import kept_graph
+
+        options = self.options(recipe)
+        if options.path == "tensorrt":
+            return kept_graph.other_graph(folder, lowered)
+        return kept_graph.other_plugins(folder, lowered, recipe.sampling.batch_size, options.sm)
+
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         from pipeline.backends.rtx.engine import RtxEngine
 
         return RtxEngine(bundle_dir / self.name)

@@ -13,7 +13,7 @@ from pipeline.backends.fused.lower import recipe_problems, scaling_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.rtx.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, LowerRtx
-from pipeline.backends.tensorrt import plugin_payloads
+from pipeline.backends.tensorrt import kept_graph, plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine
 from pipeline.backends.tensorrt.engine import ENGINE, RTX
 from pipeline.backends.tensorrt.half import halve
@@ -92,17 +92,23 @@ def lower(portable: Path, work_dir: Path, options: RtxOptions) -> LoweredGraph:
 
 
 def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size: int) -> BuildResult:
-    """Engine, metadata.json and lowering.json. Raises ContractError where a linear is not the GEMM it should be."""
+    """Engine, its graph if it is kept, metadata.json and lowering.json.
+
+    Raises ContractError where a linear is not the GEMM it should be.
+    """
     more: dict[str, object] = {}
     if options.path == "plugin":
-        facts, engine, more = plugin_payloads.build(lowered.path, out_dir / ENGINE, options.sm, batch_size)
+        facts, engine, more = plugin_payloads.build(
+            lowered.path, out_dir / ENGINE, options.sm, batch_size, options.keep_onnx
+        )
     else:
         facts = build_engine(RTX, lowered.path, out_dir / ENGINE, options.sm, batch_size)
         engine = read_engine_file(out_dir / ENGINE)
         check_gemms(engine, expected_gemms(lowered))
+        kept_graph.keep(lowered.path, out_dir, options.keep_onnx)
     metadata = describe(engine, lowered) | facts | more
     write_json(out_dir / metadata_file.NAME, metadata)
-    return result(lowered, out_dir, (ENGINE,), metadata)
+    return result(lowered, out_dir, (ENGINE, *kept_graph.kept_names(out_dir)), metadata)
 
 
 def sm_problems(sms: tuple[int, ...]) -> list[str]:

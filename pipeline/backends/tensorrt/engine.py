@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ENGINE = "model.engine"
 # The modules of both products; what the first builds is for GPUs which need not be here.
 RTX, TRT = "tensorrt_rtx", "tensorrt"
+# Options of both targets: is the ONNX that the builder got kept beside the engine? See kept_graph.
+KeepOnnx = Literal["auto", "yes", "no"]
 
 
 class PreparedCall(Protocol):
@@ -59,7 +61,7 @@ class DeserializedEngine(ABC):
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
         dtypes = {name: trt.nptype(self._engine.get_tensor_dtype(name)) for name in names}
-        self._declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
+        self.declared = feeds.of_bounds(self.metadata["shapes"], dtypes)
 
     @abstractmethod
     def _prepared(self, arrays: Arrays) -> PreparedCall:
@@ -70,7 +72,7 @@ class DeserializedEngine(ABC):
         import torch
 
         arrays = {name: np.array(array, order="C") for name, array in inputs.items()}
-        feeds.check_feeds(self._declared, arrays)
+        feeds.check_feeds(self.declared, arrays)
         shapes = tuple((name, array.shape) for name, array in sorted(arrays.items()))
         with self._lock, torch.cuda.stream(self._stream):
             if self._engine is None:

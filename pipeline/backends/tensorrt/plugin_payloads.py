@@ -22,7 +22,8 @@ from pipeline.backends.fused.lower import LowerFused
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
 from pipeline.backends.tensorrt.build import Facts, build_engine, shape_bounds
-from pipeline.backends.tensorrt.engine import RTX
+from pipeline.backends.tensorrt.engine import RTX, KeepOnnx
+from pipeline.backends.tensorrt.kept_graph import keep
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_plugins, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import STATIC_REFUSED, KernelNode, RowRange, plugin_graph
 from pipeline.passes.probes import Choice
@@ -114,13 +115,17 @@ def builders_graph(
 
 
 def build(
-    lowered: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int
+    lowered: Path, engine_path: Path, sms: tuple[int, ...], batch_size: int, keep_onnx: KeepOnnx = "no"
 ) -> tuple[Facts, EngineFile, dict[str, object]]:
     """Build the engine of the graph of fused ops at `lowered`: facts of the build, its plan, and what metadata.json
-    says of plugins. Raises ContractError where a plugin is not in the plan with its weight packed."""
+    says of plugins. keep_onnx: is the builder's graph kept beside the engine?
+
+    Raises ContractError where a plugin is not in the plan with its weight packed.
+    """
     rtx_plugin.creators()
     with builders_graph(lowered, batch_size, sms) as (graph, nodes):
         facts = build_engine(RTX, graph, engine_path, sms, batch_size)
+        keep(graph, engine_path.parent, keep_onnx)
     engine = read_engine_file(engine_path)
     check_plugins(engine, {node.name: node.weight_bytes for node in nodes})
     return facts, engine, described(nodes)

@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
-from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, LoweredGraph, Manifest, Options
-from pipeline.backends.tensorrt.engine import ENGINE, TRT
+from pipeline.backends.base import (
+    DATA,
+    MODEL,
+    Arithmetic,
+    Backend,
+    BuildResult,
+    Check,
+    LoadedEngine,
+    LoweredGraph,
+    Manifest,
+    Options,
+)
+from pipeline.backends.tensorrt.engine import ENGINE, TRT, KeepOnnx
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -22,11 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrtOptions(Options):
-    """attention: as that of `rtx`. operands: as that of `cuda`."""
+    """attention, keep_onnx: as those of `rtx`. operands: as that of `cuda`."""
 
     target: ClassVar[str] = "trt"
     attention: Literal["fp16", "fp32"] = "fp16"
     operands: Literal["auto", "fp8", "int8"] = "auto"
+    keep_onnx: KeepOnnx = "auto"
 
 
 class TrtBackend(Backend[TrtOptions]):
@@ -36,7 +48,8 @@ class TrtBackend(Backend[TrtOptions]):
     package = TRT
     needs_gpu = True
     speed_rank = 1
-    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
+    kept_names = frozenset({MODEL, DATA})
+    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME, *kept_names})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
 
     def in_auto(self) -> bool:
@@ -86,9 +99,18 @@ class TrtBackend(Backend[TrtOptions]):
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.trt import build
 
-        return build.build(lowered, out_dir, machine.cuda_sm(), recipe.sampling.batch_size)
+        batch_size, keep_onnx = recipe.sampling.batch_size, self.options(recipe).keep_onnx
+        return build.build(lowered, out_dir, machine.cuda_sm(), batch_size, keep_onnx)
 
-    def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
+    def kept_problem(self, folder: Path, lowered: LoweredGraph, recipe: Recipe) -> str | None:
+        from pipeline.backends.tensorrt import kept_graph
+        from pipeline.backends.trt.engine import TrtNeeds
+
+        needs = metadata_file.read(folder, TrtNeeds)
+        sms = tuple(needs["compute_capabilities"])
+        return kept_graph.other_plugins(folder, lowered, recipe.sampling.batch_size, sms)
+
+    def load(self, bundle_dir: Path, threads: int = 0) -> LoadedEngine:
         from pipeline.backends.trt.engine import TrtEngine
 
         return TrtEngine(bundle_dir / self.name)

@@ -12,7 +12,7 @@ import pytest
 
 from export.errors import ContractError
 from pipeline.backends import lowering_file
-from pipeline.backends.base import MODEL, BuildResult, LoweredGraph
+from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
 from pipeline.backends.metadata_file import NAME as METADATA
 from pipeline.backends.rtx import RtxBackend, RtxOptions
 from pipeline.backends.rtx.build import ENGINE, expected_gemms, sm_problems
@@ -59,7 +59,7 @@ def test_one_engine_for_two_gpus_with_fp8_gemms(fp8_folder: Path) -> None:
     assert metadata["paths"] == {"fp8": 6}
     assert metadata["dimension_bounds"] == [[1, 8], [1, 300]]
     assert metadata["shapes"]["shift"] == [[1, 1, WIDTH], [2, 1, WIDTH], [8, 1, WIDTH]]
-    assert sorted(path.name for path in fp8_folder.iterdir()) == [lowering_file.NAME, METADATA, ENGINE]
+    assert sorted(path.name for path in fp8_folder.iterdir()) == [lowering_file.NAME, METADATA, ENGINE, MODEL, DATA]
 
 
 @pytest.mark.fast

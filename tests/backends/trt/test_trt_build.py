@@ -25,8 +25,10 @@ from pipeline.backends.tensorrt import engine as tensorrt_engine
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.engine import Buffers
 from pipeline.backends.tensorrt.plugin_graph import KernelNode
+from pipeline.backends.trt import TrtBackend, TrtOptions
 from pipeline.backends.trt import build as trt_build
 from pipeline.backends.trt import engine as trt_engine
+from pipeline.recipe import Recipe
 from plugins.tensorrt import plugins
 from tests.backends.trt.test_trt_backend import lowered  # noqa: F401, a fixture
 from tests.kernels.test_trt_aot import payload_of
@@ -133,6 +135,18 @@ def test_what_the_builder_is_asked_for(lowered: LoweredGraph, builder: Builder, 
     )
     assert (facts["tensorrt"], facts["compute_capabilities"]) == ("11.1.0", [90])
     assert facts["engine_bytes"] == (tmp_path / "model.engine").stat().st_size > 0
+
+
+def test_the_builders_graph_is_kept_beside_the_engine(lowered: LoweredGraph, builder: Builder, tmp_path: Path) -> None:  # noqa: F811
+    recipe, folder = Recipe("t", "zoo:pixart_mini").with_options(TrtOptions()), tmp_path / "trt"
+    folder.mkdir()
+    result = trt_build.build(lowered, folder, 90, recipe.sampling.batch_size, "auto")
+    assert {"trt/model.engine", "trt/model.onnx", "trt/model.onnx.data"} < set(result.files)
+    assert result.metadata["compute_capabilities"] == [90]
+    assert TrtBackend().kept_problem(folder, lowered, recipe) is None
+    (folder / "model.onnx").unlink()
+    onnx.save(onnx.load(lowered.path, load_external_data=False), folder / "model.onnx")
+    assert "is not the graph of plugins" in str(TrtBackend().kept_problem(folder, lowered, recipe))
 
 
 @pytest.mark.parametrize(
