@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.gpu.targets import cells, judged
 from benchmarks.quality.tables import SHORT, short_table
 from benchmarks.record import RESULTS, Json, markdown, read
-from benchmarks.tools.matrix import FORMS
+from benchmarks.tools.matrix import FORMS, TOOLS
 from export.formats.format import FORMATS
 from export.formats.operands import HARDWARE, embeds, exact_multipliers
 from pipeline.__main__ import VERBS
@@ -316,6 +316,10 @@ def _with_notes(header: list[str], rows: list[list[str]], notes: list[str], scri
     return "\n".join([markdown(header, rows), "", *notes]) if rows else f"Not measured yet: run `benchmarks.{script}`."
 
 
+# Of what a tool says, from where it comes to the point.
+MOST_WORDS = 120
+
+
 def tools() -> str:
     """A row for each tool that the portable model was given to, a column for each of its forms."""
     document = read(RESULTS / "tools.json", {})
@@ -335,10 +339,14 @@ def _of_tool(row: Json) -> str:
     if "absent" in row:
         return f"not run: {row['absent']}"
     if "refuses" in row:
-        return f"**refuses**: {row['refuses']}".replace("|", "\\|")
+        words = row["refuses"]
+        known = next((tool.refuses.get(row["form"], "") for tool in TOOLS if tool.name == row["tool"]), "")
+        start = max(words.find(known), 0)
+        shown = words[start : start + MOST_WORDS] + ("..." if len(words) > start + MOST_WORDS else "")
+        return f"**refuses**: {shown}".replace("|", "\\|")
     if "db" in row:
         return "equal to the bit" if row["db"] is None else f"{row['db']:.1f} dB"
-    return str(row["found"])
+    return str(row["found"]).strip("- ")
 
 
 PARTS_OF_A_CALL = (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)

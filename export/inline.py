@@ -22,11 +22,11 @@ def write_inlined(source: Path, path: Path) -> int:
     """Write the portable model `source` to `path` and `path`.data with the bodies of the dialect's ops in place of its
     nodes; returns how many nodes the graph then has. Numbers, names of inputs and outputs, and metadata stay.
 
-    Raises ContractError for a file that is no portable model.
+    Raises ContractError for a file without ops of the dialect.
     """
     model = load_model(source)
     if DOMAIN not in model.opset_imports:
-        raise ContractError(f"{source} has no ops of the domain {DOMAIN}; give a portable model, as `build` writes it")
+        raise ContractError(f"{source} has no ops of the domain {DOMAIN}: it is in standard ops, or no portable model")
     with reading(source), quiet():
         inline(model)
     sign(model, WHAT.format(noun=model.graph.name))

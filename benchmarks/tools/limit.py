@@ -27,7 +27,8 @@ from pipeline.distance import sqnr_db
 from pipeline.verify.study import HITTING_ULPS, QUANTIZER_ULPS, most_are_hit
 
 Arrays = Mapping[str, NDArray[Any]]
-RUNS = 4
+# One flip may do ten times what another does.
+RUNS = 16
 TWICE_DB = 20 * math.log10(2)
 # Ops that round floats to codes -> how many of their inputs they round.
 ROUNDED = dict.fromkeys(QUANTIZERS, 1) | {"QuantizedAttention": 3}

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +121,7 @@ def prepared(tool: Tool) -> Path:
 
 def ran(tool: Tool, model: Path, feeds: Arrays, reference: Arrays) -> Json:
     """One row of the results: of the folder `model` with model.onnx and its data, on `feeds`, against the outputs
-    `reference`. Has version, seconds, and one of db (None: equal to the bit), found and refuses, which are words.
+    `reference`. Has version, and one of db (None: equal to the bit), found and refuses, which are words.
 
     Raises LookupError where the tool cannot be had.
     """
@@ -130,16 +129,14 @@ def ran(tool: Tool, model: Path, feeds: Arrays, reference: Arrays) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         for name in (MODEL, DATA):  # some write beside the model
             shutil.copyfile(model / name, Path(folder, name))
-        started = time.perf_counter()
         if tool.where == WEB:
             row, outputs = web.ran(tool.run, place, Path(folder), feeds)
         else:
             row, outputs = _inside(tool, place, Path(folder), feeds)
-        seconds = round(time.perf_counter() - started, 1)
     if outputs is not None:
         distance = distance_db(reference, outputs)
         row["db"] = None if distance == np.inf else round(distance, 1)
-    return {"version": row.pop("versions")[tool.package], "seconds": seconds, **row}
+    return {"version": row.pop("versions")[tool.package], **row}
 
 
 def _inside(tool: Tool, python: Path, folder: Path, feeds: Arrays) -> tuple[Json, Arrays | None]:
