@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.gpu.targets import cells, judged
 from benchmarks.quality.tables import SHORT, short_table
 from benchmarks.record import RESULTS, Json, markdown, read
+from benchmarks.tools.matrix import FORMS, TOOLS
 from export.formats.format import FORMATS
 from export.formats.operands import HARDWARE, embeds, exact_multipliers
 from pipeline.__main__ import VERBS
@@ -315,6 +316,39 @@ def _with_notes(header: list[str], rows: list[list[str]], notes: list[str], scri
     return "\n".join([markdown(header, rows), "", *notes]) if rows else f"Not measured yet: run `benchmarks.{script}`."
 
 
+# Of what a tool says, from where it comes to the point.
+MOST_WORDS = 120
+
+
+def tools() -> str:
+    """A row for each tool that the portable model was given to, a column for each of its forms."""
+    document = read(RESULTS / "tools.json", {})
+    rows: dict[tuple[str, str], list[str]] = {}
+    for row in document.get("rows", []):
+        rows.setdefault((row["tool"], row["version"]), []).append(_of_tool(row))
+    notes = []
+    if rows:
+        sizes = " and ".join(f"{document['bytes'][form] / 1e6:.2f} MB" for form in FORMS)
+        limit = f"limit {document['limit_db']} dB"
+        notes = [f"- `{document['bundle']}`, {sizes}; {limit}; {_machine(document)}, {_stamp(document)}"]
+    header = ["tool", "version", "as it is built", "`export --inline`"]
+    return _with_notes(header, [[*key, *cells] for key, cells in rows.items()], notes, "tools")
+
+
+def _of_tool(row: Json) -> str:
+    if "absent" in row:
+        return f"not run: {row['absent']}"
+    if "refuses" in row:
+        words = row["refuses"]
+        known = next((tool.refuses.get(row["form"], "") for tool in TOOLS if tool.name == row["tool"]), "")
+        start = max(words.find(known), 0)
+        shown = words[start : start + MOST_WORDS] + ("..." if len(words) > start + MOST_WORDS else "")
+        return f"**refuses**: {shown}".replace("|", "\\|")
+    if "db" in row:
+        return "equal to the bit" if row["db"] is None else f"{row['db']:.1f} dB"
+    return str(row["found"]).strip("- ")
+
+
 PARTS_OF_A_CALL = (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)
 RATES = {
     "byte_products_per_s": "10^9 products/s of bytes",
@@ -412,6 +446,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "bundled-models": bundled_models,
     "quality-short": partial(short_table, names=SHORT),
+    "tools": tools,
     "speed": speed,
     "speed-short": speed_short,
     "speed-equal": speed_equal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,20 @@ def reading(path: Path) -> Iterator[None]:
     except (*MALFORMED, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ContractError(f"{path} is not a model of this version's form ({reason}); build it again") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what the exporter's packages log about every value they touch and every package they could support."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def read_graph(path: Path) -> onnx.ModelProto:

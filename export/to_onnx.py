@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from export.about import About, sign
 from export.carry_nan import carry_nan
 from export.checkpoint import QuantizedLinear, shared_router
 from export.dialect.graph import GraphBuilder, add_functions, add_initializer, is_op, lazy_tensor, result_of
@@ -40,6 +41,9 @@ TRACE_BATCH, TRACE_TOKENS = 2, 7
 NARROW_ELEMENTS = 4096
 # The models' samplers use (rounded) timesteps of this range.
 TIMESTEPS = np.arange(1000)
+# What a file is, in words.
+PORTABLE = "{noun} as a portable quantized model; ops of the domain fpq have their function bodies in this file"
+FLOAT = "{noun} in float32"
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,13 @@ def export_portable(
     height: int = 0,
     width: int = 0,
     attention: AttentionFormats | None = None,
+    about: About | None = None,
 ) -> ExportSummary:
     """Write the portable quantized model to `path` and `path`.data for images of `height` x `width` pixels.
 
-    Batch and caption length stay dynamic. attention: its formats, None for float32. Raises ContractError unless
-    `layers` are exactly the model's linears to quantize and fit them in shape, or if an attention cannot be quantized;
-    ModelError if a tensor that is not quantized has NaN or Inf.
+    Batch and caption length stay dynamic. attention: its formats, None for float32. about: what the file says of the
+    model beside the formats. Raises ContractError unless `layers` are exactly the model's linears to quantize and fit
+    them in shape, or if an attention cannot be quantized; ModelError if a tensor that is not quantized has NaN or Inf.
     """
     from export.trace import ATTENTION, PlaceholderLinear
 
@@ -101,7 +106,9 @@ def export_portable(
     if any(layer.activation_scale is not None for layer in layers):
         carry_nan(graph.graph, [row.name for row in model.inputs])
     _bind(graph, _values(model, height, width), narrow=True)
-    _save(graph, path)
+    sign(graph, PORTABLE.format(noun=model.family.noun))
+    graph.metadata_props.update((about or About()).metadata(layers, attention))
+    save_model(graph, path)
     summary = replace(_summary(model, len(layers), path), attentions=attentions, attention=attention)
     logger.info("%s: %s", path, summary)
     return summary
@@ -123,7 +130,8 @@ def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0
     }
     graph = _traced(model, stand_ins, height, width, attention=None)
     _bind(graph, _values(model, height, width), narrow=False)
-    _save(graph, path)
+    sign(graph, FLOAT.format(noun=model.family.noun))
+    save_model(graph, path)
 
 
 def _check_layers(model: LoadedModel, layers: list[QuantizedLinear]) -> None:
@@ -248,7 +256,7 @@ def _stored(value: ir.Value, tensor: torch.Tensor, kind: ir.DataType) -> ir.Lazy
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _save(graph: ir.Model, path: Path) -> None:
+def save_model(graph: ir.Model, path: Path) -> None:
     """Write both files into a folder beside `path`, then rename: the data first, so a model always has its data."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)

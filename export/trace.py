@@ -6,7 +6,6 @@ nothing can fold a weight into another one, and no weight is copied.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,6 +31,7 @@ from export.models.attention_calls import attention_calls
 from export.models.description import Array
 from export.models.families import SIDES, Input
 from export.models.torch_modules import Denoiser
+from export.onnx_files import quiet
 from export.quantize_graph import PLACEHOLDER
 
 IR_VERSION = 10
@@ -82,7 +82,7 @@ def trace(
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
         torch.ops.aten.group_norm.default: _group_norm,
     }
-    with _quiet():
+    with quiet():
         onnx_program = torch.onnx.export(
             program, (), dynamo=True, input_names=names, output_names=list(module.family.outputs), opset_version=OPSET,
             optimize=False, verbose=False, custom_translation_table=table,
@@ -197,20 +197,6 @@ def _ends_marked(module: nn.Module) -> Iterator[None]:
             hook = partial(lambda path, _module, _inputs, result: mark(path, result), path)
             stack.callback(part.register_forward_hook(hook).remove)
         yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the exporter's packages log about every value they touch and every package they could support."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _open_weights(model: ir.Model, names: set[str]) -> None:

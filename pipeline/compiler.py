@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export import checkpoint
+from export.about import About
 from export.checkpoint import QuantizedLinear
 from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, ParityError, RecipeError, ResourceError
@@ -20,6 +21,7 @@ from pipeline.backends import BACKENDS, PORTABLE, lowering_file, opened, tool_ve
 from pipeline.backends.base import KEEPS_FLOAT, BuildResult
 from pipeline.backends.mapped_pages import give_back_weights
 from pipeline.bundle import manifest
+from pipeline.bundle.card import license_of
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
 from pipeline.calibrate import refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
@@ -279,7 +281,8 @@ def exported(work: WorkFolder, model: LoadedModel, layers: list[QuantizedLinear]
     def export() -> None:
         size = recipe.sampling
         path = work.bundle / "model.onnx"
-        export_portable(model, layers, path, size.height, size.width, recipe.attention.formats)
+        about = About(recipe.name, license_of(model.source).text)
+        export_portable(model, layers, path, size.height, size.width, recipe.attention.formats, about)
 
     work.run("export", ("bundle/model.onnx", "bundle/model.onnx.data"), export, lambda: None)
 

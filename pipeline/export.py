@@ -1,11 +1,13 @@
 """`python -m pipeline.export`: a checkpoint as portable ONNX; a bundle as a static page, or for a Triton server.
 
-CHECKPOINT -o DIR needs no float model. --web DIR BUNDLE and --triton DIR BUNDLE take what `build` wrote.
+CHECKPOINT -o DIR needs no float model; with --inline it may be a bundle. --web DIR BUNDLE and --triton DIR BUNDLE take
+what `build` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,30 +16,34 @@ from export import checkpoint
 from export.errors import RecipeError
 from export.formats.attention import AttentionFormats
 from pipeline import load, machine
+from pipeline.backends import PORTABLE
 from pipeline.backends.base import DATA, MODEL
-from pipeline.bundle.hub import located
+from pipeline.bundle.hub import PREFIX, located
 from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.calibrate.state import KEPT
 from pipeline.command import Answer, Parser, parser, run
-from pipeline.files import publish, refuse_unwritable, remove
+from pipeline.files import is_bundle, publish, refuse_unwritable, remove
 from pipeline.signals import leave
 from pipeline.web.onnxruntime_web import FLAG as ONNXRUNTIME_WEB
 from pipeline.web.onnxruntime_web import PACKAGE, VERSION
 
 FILES = {MODEL, DATA}
 DESCRIPTION = (
-    "Write a calibrated checkpoint as one portable ONNX model (-o), or a bundle as a page that draws in the browser "
-    "(--web) or as a model repository of Triton Inference Server (--triton)."
+    "Write a calibrated checkpoint as one portable ONNX model (-o), in standard ops alone with --inline, for which a "
+    "bundle will do; or a bundle as a page that draws in the browser (--web) or as a model repository of Triton "
+    "Inference Server (--triton)."
 )
 
 
 def make_parser() -> Parser:
     """All flags of `export`."""
     flags = parser("export", DESCRIPTION)
-    text = "a folder that `calibrate` wrote; with --web or --triton a bundle, or hf://OWNER/NAME[@REVISION]"
+    text = "a folder that `calibrate` wrote; with --inline, --web or --triton a bundle, or hf://OWNER/NAME[@REVISION]"
     flags.add_argument("source", metavar="CHECKPOINT|BUNDLE", help=text)
     forms = flags.add_mutually_exclusive_group(required=True)
     forms.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write model.onnx")
+    text = "without functions, for tools that read none; with -o"
+    flags.add_argument("--inline", action="store_true", help=text)
     text = "where to write the page, with its model, for any server of static files"
     forms.add_argument("--web", type=Path, metavar="DIR", help=text)
     text = "where to write the repository, for the server's Python backend; not run in a server"
@@ -61,6 +67,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Write the one form that is asked for into a folder beside the destination, then rename."""
     if args.output_dir is None and (args.height or args.width or args.attention):
         raise RecipeError("--height, --width and --attention are for a checkpoint; a bundle has its own")
+    if args.output_dir is None and args.inline:
+        raise RecipeError("--inline is for -o alone; --web and --triton write no portable model")
     if args.web is None and args.onnxruntime_web is not None:
         raise RecipeError(f"{ONNXRUNTIME_WEB} is for --web alone")
     if args.triton is None and args.threads is not None:
@@ -69,6 +77,8 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         return export_page(args, answer)
     if args.triton is not None:
         return export_repository(args, answer)
+    if args.source.startswith(PREFIX) or is_bundle(Path(args.source)):
+        return export_portable_of_bundle(args, answer)
     return export_checkpoint(args, answer)
 
 
@@ -86,8 +96,43 @@ def export_checkpoint(args: argparse.Namespace, answer: Answer) -> int:
     model = load_model(str(source / KEPT), kept_only=True, keep=lambda path: path not in names)
     with new_folder(args.output_dir) as partial:
         summary = export_portable(model, layers, partial / MODEL, args.height, args.width, attention)
+        if args.inline:
+            inline(partial / MODEL)
     path = args.output_dir / MODEL
     answer.document({"event": "result", "path": str(path), "linears": len(layers)}, f"{path}: {summary}")
+    return 0
+
+
+def inline(path: Path) -> None:
+    """The portable model at `path` without functions in its place."""
+    from export.inline import write_inlined
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        write_inlined(path, Path(place) / MODEL)
+        for name in (DATA, MODEL):
+            (Path(place) / name).replace(path.with_name(name))
+
+
+def export_portable_of_bundle(args: argparse.Namespace, answer: Answer) -> int:
+    """A bundle's portable model without functions."""
+    machine.require_compiler("inlining functions")
+    from export.inline import write_inlined
+
+    if args.height or args.width or args.attention:
+        raise RecipeError("--height, --width and --attention are for a checkpoint; a bundle has its own")
+    if not args.inline:
+        raise RecipeError(
+            f"{args.source} is a bundle, whose portable model is its {MODEL}; add --inline to have it in "
+            "standard ops alone"
+        )
+    refuse_place(args.output_dir, "--output-dir", args.force, FILES.issuperset)
+    bundle = load(args.source)
+    if PORTABLE not in bundle.targets or MODEL not in bundle.manifest["files"]:
+        raise RecipeError(f"{args.source} has no portable model; build it without --drop-portable")
+    with bundle.copied({MODEL, DATA}.__contains__) as private, new_folder(args.output_dir) as partial:
+        nodes = write_inlined(private.path / MODEL, partial / MODEL)
+    path = args.output_dir / MODEL
+    answer.document({"event": "result", "path": str(path), "nodes": nodes}, f"{path}: {nodes} nodes of standard ops")
     return 0
 
 

@@ -18,12 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
+from export.about import PROGRAM as PROGRAM
+from export.about import own_version as own_version
 from export.errors import EnvironmentLacksError, RecipeError, ResourceError
 
 logger = logging.getLogger(__name__)
 
-# Of the distribution, and of the console script that it installs.
-PROGRAM = "ditc"
 # Modules whose versions may change a result.
 TOOLS = (
     "numpy", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "onnx", "onnx_ir", "onnxscript",
@@ -49,11 +49,6 @@ def tool_version(module: str) -> str:
         return metadata.version(distribution(module))
     except metadata.PackageNotFoundError:
         return ""
-
-
-def own_version() -> str:
-    """The release of this package; "unknown" for sources that are not installed."""
-    return tool_version(PROGRAM) or "unknown"
 
 
 def tool_versions(more: Iterable[str] = ()) -> dict[str, str]:

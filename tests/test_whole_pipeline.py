@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 
 from ditc import Pipeline
@@ -66,6 +67,10 @@ def test_its_components_are_bundles_and_its_own_gates_hold(bundle: Path) -> None
     assert {bundle / name / "report/index.html" for name in COMPONENTS} <= links
     assert all(link.is_file() for link in links) and "PASSED" in page
     assert load(bundle / "text_encoder").manifest["counts"]["quantized"] == 14
+    for path in bundle.rglob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        said = {row.key for row in model.metadata_props}
+        assert model.producer_name == "ditc" and said == {"recipe", "formats", "license"} and model.doc_string, path
 
 
 def test_it_draws(bundle: Path) -> None:

@@ -44,17 +44,21 @@ class Body:
         self.nodes[-1].attribute.append(_reference(CONSTANT_OF[kind], name, kind))
         return output
 
+    def literal(self, kind: int, *values: float, dims: tuple[int, ...] = ()) -> str:
+        """Constant as a tensor, which has an element type: tools that fold constants take `value_float` for float64."""
+        return self.op("Constant", value=helper.make_tensor("", kind, dims, values))
+
     def ints(self, *values: int) -> str:
         """int64 constant vector."""
-        return self.op("Constant", value_ints=list(values))
+        return self.literal(TensorProto.INT64, *values, dims=(len(values),))
 
     def integer(self, value: int) -> str:
         """int64 constant scalar."""
-        return self.op("Constant", value_int=value)
+        return self.literal(TensorProto.INT64, value)
 
     def number(self, value: float) -> str:
         """float32 constant scalar."""
-        return self.op("Constant", value_float=value)
+        return self.literal(TensorProto.FLOAT, value)
 
     def cast(self, x: str, to: int, out: str | None = None) -> str:
         return self.op("Cast", x, to=to, out=out)
@@ -82,18 +86,31 @@ def _reference(name: str, refers_to: str, kind: AttributeType) -> AttributeProto
 # --- shared parts --------------------------------------------------------------------------------------------------
 
 
+# Bits are moved in 32 of them: there is room for every one, so that nothing is lost where a runtime saturates instead
+# (OpenVINO: 144 << 1 is 255 in uint8); and arithmetic of indices in int64, which all runtimes have (`Sub` of uint8 only
+# onnxruntime from 1.21 on).
+U8, U32 = TensorProto.UINT8, TensorProto.UINT32
+
+
 def _unpack(body: Body, packed: str, bits: str, count: str) -> str:
-    """packed u8 [N, bytes] -> u8 [N, count]. A code of at most 8 bits lies in two neighbouring bytes."""
+    """packed u8 [N, bytes] -> int32 [N, count]. A code of at most 8 bits lies in two neighbouring bytes."""
     first_bit = body.op("Mul", body.op("Range", body.integer(0), count, body.integer(1)), bits)
-    byte = body.op("Div", first_bit, body.integer(8))
-    offset = body.cast(body.op("Mod", first_bit, body.integer(8)), TensorProto.UINT8)
-    last = body.op("Sub", body.op("Shape", packed, start=1, end=2), body.ints(1))
-    # In a row's last byte the "next" byte is that byte again; the code ends before it, so the mask removes it.
-    following = body.op("Min", body.op("Add", byte, body.integer(1)), last)
-    low = body.op("BitShift", body.op("Gather", packed, byte, axis=1), offset, direction="RIGHT")
-    high = _shift_up(body, body.op("Gather", packed, following, axis=1), body.op("Sub", _u8(body, 7), offset))
-    mask = body.cast(body.op("Sub", _power_of_two(body, bits), body.integer(1)), TensorProto.UINT8)
-    return body.op("BitwiseAnd", body.op("BitwiseOr", low, high), mask)
+    offset = body.cast(body.op("Mod", first_bit, body.integer(8)), U32)
+    words = body.op("Gather", _pairs(body, packed), body.op("Div", first_bit, body.integer(8)), axis=1)
+    shifted = body.op("BitShift", words, offset, direction="RIGHT")
+    mask = body.cast(body.op("Sub", _power_of_two(body, bits), body.integer(1)), U32)
+    return body.cast(body.op("BitwiseAnd", shifted, mask), TensorProto.INT32)
+
+
+def _pairs(body: Body, packed: str) -> str:
+    """packed u8 [N, bytes] -> u32 [N, bytes]: each byte with the one behind it as its upper eight bits."""
+    wide = body.cast(packed, U32)
+    places = body.op("Range", body.integer(0), body.op("Squeeze", body.op("Shape", packed, start=1)), body.integer(1))
+    last = body.op("Sub", body.op("Shape", packed, start=1), body.ints(1))
+    # Behind a row's last byte comes that byte again; codes end before it, so the mask removes it.
+    following = body.op("Gather", wide, body.op("Min", body.op("Add", places, body.integer(1)), last), axis=1)
+    upper = body.op("BitShift", following, body.literal(U32, 8), direction="LEFT")
+    return body.op("BitwiseOr", wide, upper)
 
 
 def _pack(body: Body, codes: str, bits: str, count: str, out: str) -> str:
@@ -102,27 +119,16 @@ def _pack(body: Body, codes: str, bits: str, count: str, out: str) -> str:
     first_bit = body.op("Mul", body.op("Range", body.integer(0), bytes_, body.integer(1)), body.integer(8))
     element = body.op("Div", first_bit, bits)
     inside = body.op("Mod", first_bit, bits)
-    padded = body.op("Pad", codes, body.ints(0, 0, 0, 1), _u8(body, 0))
-    shift = body.cast(inside, TensorProto.UINT8)
-    low = body.op("BitShift", body.op("Gather", padded, element, axis=1), shift, direction="RIGHT")
+    padded = body.cast(body.op("Pad", codes, body.ints(0, 0, 0, 1), body.literal(U8, 0)), U32)
+    low = body.op("BitShift", body.op("Gather", padded, element, axis=1), body.cast(inside, U32), direction="RIGHT")
     following = body.op("Gather", padded, body.op("Add", element, body.integer(1)), axis=1)
-    room = body.cast(body.op("Sub", body.op("Sub", bits, inside), body.integer(1)), TensorProto.UINT8)
-    return body.op("BitwiseOr", low, _shift_up(body, following, room), out=out)
-
-
-def _shift_up(body: Body, x: str, amount: str) -> str:
-    """x << (amount + 1) for amount 0..7, as two shifts because a shift by 8 is undefined for uint8."""
-    once = body.op("BitShift", x, _u8(body, 1), direction="LEFT")
-    return body.op("BitShift", once, amount, direction="LEFT")
-
-
-def _u8(body: Body, value: int) -> str:
-    return body.op("Constant", value=helper.make_tensor("", TensorProto.UINT8, [], [value]))
+    room = body.cast(body.op("Sub", bits, inside), U32)
+    both = body.op("BitwiseOr", low, body.op("BitShift", following, room, direction="LEFT"))
+    return body.cast(body.op("BitwiseAnd", both, body.literal(U32, 255)), U8, out=out)
 
 
 def _power_of_two(body: Body, exponent: str) -> str:
-    one = body.op("Constant", value=helper.make_tensor("", TensorProto.UINT64, [], [1]))
-    shifted = body.op("BitShift", one, body.cast(exponent, TensorProto.UINT64), direction="LEFT")
+    shifted = body.op("BitShift", body.literal(U32, 1), body.cast(exponent, U32), direction="LEFT")
     return body.cast(shifted, TensorProto.INT64)
 
 
@@ -159,26 +165,26 @@ def _decode(body: Body, codes: str, values: str) -> str:
     return body.op("Gather", body.attribute(values), index)
 
 
-def _value_and_scale(body: Body, x: str, floor: float, of: str) -> tuple[str, str]:
-    """x f32 [..., K] -> (what its codes stand for, unscaled, f32 [..., K]; scale f32 [..., 1])."""
-    scale = _token_scale(body, x, floor, of=of)
+def _value_and_scale(body: Body, x: str, floor: float, of: str, axis: int = -1) -> tuple[str, str]:
+    """x f32 -> (what its codes stand for, unscaled, f32 of the same shape; scale f32, of size 1 along `axis`)."""
+    scale = _scale(body, x, floor, of=of, axis=axis)
     in_units = body.op("Div", x, scale)
     steps, step, _ = _in_steps(body, in_units, of)
     return body.op("Mul", body.op("Sign", in_units), body.op("Mul", steps, step)), scale
 
 
-def _token_scale(body: Body, x: str, floor: float, out: str | None = None, of: str = "") -> str:
-    """x f32 [..., K] -> f32 [..., 1]: max(absmax, floor) / max_value; NaN for a token with NaN or Inf."""
-    absmax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
+def _scale(body: Body, x: str, floor: float, out: str | None = None, of: str = "", axis: int = -1) -> str:
+    """x f32 -> f32, of size 1 along `axis`: max(absmax along it, floor) / max_value; NaN where there is NaN or Inf."""
+    absmax = body.op("ReduceMax", body.op("Abs", x), body.ints(axis), keepdims=1)
     bounded = body.op("Max", absmax, body.number(floor))
-    # 0 for finite tokens. Maxima alone would lose a NaN: onnxruntime's ReduceMax skips it unless it comes first.
-    poison = body.op("ReduceSum", body.op("Mul", x, body.number(0.0)), body.ints(-1), keepdims=1)
+    # 0 where all is finite. Maxima alone would lose a NaN: onnxruntime's ReduceMax skips it unless it comes first.
+    poison = body.op("ReduceSum", body.op("Mul", x, body.number(0.0)), body.ints(axis), keepdims=1)
     return body.op("Div", body.op("Add", bounded, poison), body.attribute(f"{of}max_value"), out=out)
 
 
 def _multipliers(body: Body, packed: str) -> str:
     """packed 4-bit indices [N or 1, ceil(groups / 2)] -> f32 [N or 1, groups, 1]."""
-    indices = body.cast(_unpack(body, packed, body.integer(4), body.attribute("groups")), TensorProto.INT32)
+    indices = _unpack(body, packed, body.integer(4), body.attribute("groups"))
     factors = body.op("Gather", body.attribute("multipliers"), indices)
     return body.op("Unsqueeze", body.cast(factors, TensorProto.FLOAT), body.ints(-1))
 
@@ -196,7 +202,7 @@ def _rows(body: Body, x: str) -> str:
 def _unscaled_weight(body: Body, codes: str, multiplier_codes: str, bits: str, values: str) -> str:
     """packed codes -> f32 [N, groups, K / groups]: code value times group multiplier (exact)."""
     unpacked = _unpack(body, codes, body.attribute(bits), body.attribute("in_features"))
-    value = _grouped(body, _decode(body, unpacked, values), body.attribute("groups"))
+    value = _grouped(body, body.op("Gather", body.attribute(values), unpacked), body.attribute("groups"))
     return body.op("Mul", value, _multipliers(body, multiplier_codes))
 
 
@@ -220,7 +226,7 @@ def quantize_weight(body: Body) -> None:
 
 def quantize_activation(body: Body, floor: float, x: str = "x") -> None:
     """x -> codes, scale."""
-    scale = _token_scale(body, x, floor, "scale")
+    scale = _scale(body, x, floor, "scale")
     _encode(body, body.op("Div", x, scale), "codes")
 
 
@@ -244,7 +250,7 @@ def dequantize_static(body: Body) -> None:
 def quantize_groups(body: Body, floor: float) -> None:
     """x -> codes, scale [..., groups]."""
     grouped = _token_groups(body, "x")
-    scale = _token_scale(body, grouped, floor)
+    scale = _scale(body, grouped, floor)
     codes = _encode(body, body.op("Div", grouped, scale))
     body.op("Reshape", codes, body.op("Shape", "x"), out="codes")
     body.op("Squeeze", scale, body.ints(-1), out="scale")
@@ -319,27 +325,31 @@ def norm_modulate_quantize(body: Body, floor: float) -> None:
     normal = body.op("LayerNormalization", "x", ones, axis=-1)
     body.nodes[-1].attribute.append(_reference("epsilon", "epsilon", AttributeProto.FLOAT))
     y = body.op("Add", body.op("Mul", normal, body.op("Add", "scale", body.number(1.0))), "shift")
-    a_scale = _token_scale(body, y, floor, "a_scale")
+    a_scale = _scale(body, y, floor, "a_scale")
     _encode(body, body.op("Div", y, a_scale), "codes")
 
 
 def quantized_attention(body: Body, floor: float, weight_max: int) -> None:
     """q, k, v, mask -> out. Sums of unscaled values are exact: those over channels in float32, those over keys in
-    float64, in which there may be as many keys as int32 can add up. So is the mean of k but for its last rounding."""
+    float64, in which there may be as many keys as int32 can add up. So is the mean of k but for its last rounding.
+
+    Values are not turned on their way into the product in float64: onnxruntime before 1.21 would make one op of both,
+    of which it has no kernel for float64.
+    """
     mean = body.op("ReduceMean", body.cast("k", TensorProto.DOUBLE), body.ints(-2), keepdims=1)
     centred = body.op("Sub", "k", body.cast(mean, TensorProto.FLOAT))
     q_value, q_scale = _value_and_scale(body, "q", floor, "qk_")
     k_value, k_scale = _value_and_scale(body, centred, floor, "qk_")
-    v_value, v_scale = _value_and_scale(body, _turned(body, "v"), floor, "pv_")
+    v_value, v_scale = _value_and_scale(body, "v", floor, "pv_", axis=-2)
     total = body.op("MatMul", q_value, _turned(body, k_value))
     in_units = body.op("Mul", total, body.op("Mul", q_scale, body.attribute("scale")))
     score = body.op("Add", body.op("Mul", in_units, _turned(body, k_scale)), "mask")
     above = body.op("Sub", score, body.op("ReduceMax", score, body.ints(-1), keepdims=1))
     weight = body.op("Round", body.op("Mul", body.op("Exp", above), body.number(float(weight_max))))
-    wide = (body.cast(x, TensorProto.DOUBLE) for x in (weight, _turned(body, v_value)))
+    wide = (body.cast(x, TensorProto.DOUBLE) for x in (weight, v_value))
     mixed = body.cast(body.op("MatMul", *wide), TensorProto.FLOAT)
     sums = body.op("ReduceSum", weight, body.ints(-1), keepdims=1)
-    body.op("Div", body.op("Mul", mixed, _turned(body, v_scale)), sums, out="out")
+    body.op("Div", body.op("Mul", mixed, v_scale), sums, out="out")
 
 
 def _turned(body: Body, x: str) -> str:

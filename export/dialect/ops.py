@@ -7,8 +7,9 @@ Two rules for who writes a graph with them:
   to ask whether an optional input is there.)
 - Attributes come from `attributes(op, **choices)`, which adds the tables of the format that the body reads.
 
-A model carries `OPS[name].function()` of each op it uses and imports DOMAIN at VERSION; then any ONNX runtime with
-opset 21 runs it, and no schema need be registered with it.
+A model carries `OPS[name].function()` of each op it uses and imports DOMAIN at VERSION; then an ONNX runtime with opset
+21 that reads functions runs it, and no schema need be registered with it. For others `export.inline` puts the bodies in
+the place of the nodes.
 
 A runtime that folds constants decodes all weights at load and holds every step of it meanwhile: onnxruntime 1.31 about
 38 bytes per weight. For large models turn that off: `InferenceSession(path, disabled_optimizers=["ConstantFolding"])`

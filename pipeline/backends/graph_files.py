@@ -10,16 +10,20 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from export.about import sign
 from export.dialect.graph import drop_unused
 from export.dialect.ops import DOMAIN
 from export.documents import sha256
 from export.errors import ContractError
 from export.onnx_files import load_model
 from pipeline.backends import lowering_file, metadata_file
-from pipeline.backends.base import DATA, MODEL, BuildResult, LoweredGraph
+from pipeline.backends.base import CONDITION, DATA, MODEL, TIMESTEP, BuildResult, LoweredGraph
 from pipeline.passes import run_shared
 from pipeline.passes.quantized_gemm import PACKED_GEMMS
 from pipeline.passes.rewrite import LoweringPass
+
+# When a file's graph runs.
+RUNS = {MODEL: "in every step", CONDITION: "once for each condition", TIMESTEP: "once for each timestep"}
 
 
 def packed_model(portable: Path, quantized: bool = True) -> ir.Model:
@@ -35,8 +39,16 @@ def packed_model(portable: Path, quantized: bool = True) -> ir.Model:
 def save_lowered(model: ir.Model, work_dir: Path, lowering: LoweringPass) -> LoweredGraph:
     """Write model.onnx and model.onnx.data; weights are converted one by one while writing."""
     drop_unused(model)
+    sign(model, f"{model.graph.name}, lowered")
     ir.save(model, work_dir / MODEL, external_data=DATA, size_threshold_bytes=1024)
     return LoweredGraph(work_dir / MODEL, tuple(lowering.probes), tuple(lowering.choices))
+
+
+def save_part(part: ir.Model, path: Path) -> None:
+    """Write one of the graphs that a lowered one was split into, for the target that its folder is called by; its data
+    is there already."""
+    sign(part, f"{part.graph.name}, lowered for the target {path.parent.name}: what runs {RUNS[path.name]}")
+    ir.save(part, path)
 
 
 def graph_facts(lowered: LoweredGraph) -> dict[str, object]:

@@ -71,6 +71,11 @@ class License:
     name: str | None = None
     link: str | None = None
 
+    @property
+    def text(self) -> str:
+        """For people: its name where the hub has no identifier of it."""
+        return self.name or self.identifier
+
 
 UNKNOWN = License("unknown")
 

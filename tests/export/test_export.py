@@ -367,7 +367,7 @@ def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypa
 
     monkeypatch.setattr(to_onnx.ir, "save", fail)
     with pytest.raises(OSError, match="no"):
-        to_onnx._save(graph, tmp_path / "model.onnx")
+        to_onnx.save_model(graph, tmp_path / "model.onnx")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.onnx", b"old")]
 
 

@@ -23,11 +23,12 @@ import numpy as np
 import openai
 import pytest
 
+from benchmarks.tools import browser
 from pipeline import __main__ as cli
 from pipeline.distance import psnr_db
 from pipeline.serve.images_request import PATH
 from pipeline.text_to_image import Pipeline
-from tests.support import browser, quick_build, tiny
+from tests.support import quick_build, tiny
 from tests.support.serving import pixels, pixels_of
 from tests.test_whole_way import GENERATION, SETTINGS
 

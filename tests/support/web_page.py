@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.tools import browser
 from export.errors import EnvironmentLacksError
 from pipeline.backends.sessions import opened, session_options
 from pipeline.export import main
 from pipeline.web import onnxruntime_web
-from tests.support import browser
 
 # A second float32 run of a model is as far from the float64 one as the first; both together at most twice as far.
 TWICE_DB = 20 * np.log10(2)
@@ -33,25 +28,6 @@ def exported(bundle: Path, folder: Path) -> Path:
         pytest.skip(str(error))
     assert main([str(bundle), "--web", str(folder)]) == 0
     return folder
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """What `python -m http.server` runs, without its log."""
-
-    def log_message(self, *args: object) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """The address of a server of static files."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def fill_in(tab: browser.Tab, **fields: str | int) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.tools import browser
+from benchmarks.tools.web import serving
 from export.errors import RecipeError
 from pipeline import compiler
 from pipeline.build import main as build
@@ -20,8 +22,7 @@ from pipeline.generate.pixel_model import PixelModel
 from pipeline.text_to_image import Pipeline
 from pipeline.web import onnxruntime_web, page_folder
 from tests.generate.test_generate import GENERATION, make_bundle
-from tests.support import browser
-from tests.support.web_page import LEVELS, TWICE_DB, Lowered, canvas, exported, fill_in, serving
+from tests.support.web_page import LEVELS, TWICE_DB, Lowered, canvas, exported, fill_in
 
 logger = logging.getLogger(__name__)
 

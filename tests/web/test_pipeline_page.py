@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.tools import browser
+from benchmarks.tools.web import serving
 from export.errors import ModelError, RecipeError
 from pipeline.bundle.pipeline_bundle import PipelineBundle, load_pipeline
 from pipeline.distance import PIXEL_RANGE, psnr_db, sqnr_db
@@ -24,11 +26,11 @@ from pipeline.generate.pipeline_classes import find_pipeline_class
 from pipeline.text_to_image import Pipeline
 from pipeline.verify.gates import ROUNDED_DB
 from pipeline.web import page_folder, pipeline_page
-from tests.support import browser, numpy_pipeline
+from tests.support import numpy_pipeline
 from tests.support.bundles import stand_in
 from tests.support.pieces import unigram
 from tests.support.quick_build import build_unproven
-from tests.support.web_page import LEVELS, TWICE_DB, Lowered, canvas, exported, fill_in, serving
+from tests.support.web_page import LEVELS, TWICE_DB, Lowered, canvas, exported, fill_in
 
 logger = logging.getLogger(__name__)
 

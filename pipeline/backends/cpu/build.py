@@ -19,7 +19,7 @@ from pipeline.backends.cpu.fold_weights import FoldWeights
 from pipeline.backends.cpu.half_gemm import HalfGemms
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs
-from pipeline.backends.graph_files import link_or_copy, packed_model, result, save_lowered
+from pipeline.backends.graph_files import link_or_copy, packed_model, result, save_lowered, save_part
 from pipeline.passes.split_condition import split_condition, split_timestep
 from plugins.cpu import library
 
@@ -61,7 +61,7 @@ def build(lowered: LoweredGraph, out_dir: Path) -> BuildResult:
         parts |= {MODEL: by_timestep.rest, TIMESTEP: by_timestep.timestep}
     for name, part in parts.items():
         drop_unread_outputs(part)
-        ir.save(part, out_dir / name)
+        save_part(part, out_dir / name)
     return result(lowered, out_dir, (*parts, DATA), dict(metadata_file.read(out_dir, CpuMetadata)))
 
 

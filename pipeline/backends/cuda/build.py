@@ -18,7 +18,7 @@ from pipeline.backends.cuda.engine import MIN_SM, SCHEMA_VERSION
 from pipeline.backends.fused.lower import GROUPS_REFUSED, recipe_problems
 from pipeline.backends.fused.lower import lower as lower_fused
 from pipeline.backends.fused.ops import DOMAIN
-from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
+from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered, save_part
 from pipeline.files import write_json
 from pipeline.passes.split_condition import split_condition
 
@@ -56,7 +56,7 @@ def build(lowered: LoweredGraph, out_dir: Path, options: CudaOptions) -> BuildRe
     # No hard link: onnx_ir refuses to read data through one.
     shutil.copyfile(lowered.path.with_name(DATA), out_dir / DATA)
     for name, part in parts.items():
-        ir.save(part, out_dir / name)
+        save_part(part, out_dir / name)
     metadata = describe(model, lowered, options)
     write_json(out_dir / metadata_file.NAME, metadata)
     return result(lowered, out_dir, (*parts, DATA), metadata)

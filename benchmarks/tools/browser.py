@@ -16,6 +16,9 @@ from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WAITED_S = 300.0
+NO_GPU_FLAGS = ("--disable-gpu",)
+# WebGPU without a GPU: by SwiftShader, Chromium's own Vulkan on the CPU.
+WEBGPU_FLAGS = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
 
 def browser() -> str | None:
@@ -90,8 +93,8 @@ class Tab:
 
 
 @contextmanager
-def opened(executable: str) -> Iterator[Tab]:
-    """A tab of a browser of its own."""
+def opened(executable: str, gpu_flags: tuple[str, ...] = NO_GPU_FLAGS) -> Iterator[Tab]:
+    """A tab of a browser of its own. gpu_flags: WEBGPU_FLAGS where the page asks for a GPU."""
     (their_in, commands), (answers, their_out) = os.pipe(), os.pipe()
 
     def place() -> None:
@@ -101,7 +104,7 @@ def opened(executable: str) -> Iterator[Tab]:
         os.dup2(outs, 4)
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its last processes may still write
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        flags = ["--headless", "--no-sandbox", *gpu_flags, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
         nowhere: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         command = [executable, *flags, "--no-first-run", "about:blank"]
         process = subprocess.Popen(command, preexec_fn=place, close_fds=False, **nowhere)  # noqa: PLW1509 - only dup
