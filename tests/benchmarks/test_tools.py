@@ -36,12 +36,16 @@ class Model(NamedTuple):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """Two layers with exact groups and quantized attention."""
-    root = tmp_path_factory.mktemp("tools")
+    return made(tmp_path_factory.mktemp("tools"), AttentionFormats("E2M3", "E2M3"))
+
+
+def made(root: Path, attention: AttentionFormats | None) -> Model:
+    """A tiny PixArt in both forms."""
     places = {form: root / form for form in FORMS}
     loaded = load(str(tiny.folder("pixart", root)))
     layers = tiny.quantized(loaded, granularity="exact_group")
     path = places[FUNCTIONS] / "model.onnx"
-    export_portable(loaded, layers, path, attention=AttentionFormats("E2M3", "E2M3"))
+    export_portable(loaded, layers, path, attention=attention)
     write_inlined(path, places[INLINED] / "model.onnx")
     feeds = feeds_of(input_shapes(load_model(path)))
     reference = run(load_model(path), feeds)
@@ -68,6 +72,21 @@ def test_a_tool(tool: Tool, form: str, model: Model) -> None:
     assert "refuses" not in row, row
     assert model.limit_db > FAULT_DB
     assert ("db" in row and (row["db"] is None or row["db"] >= model.limit_db)) or row.get("found"), row
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_webgpu_runs_a_model_with_attention_in_float(tmp_path: Path) -> None:
+    """What it refuses above is float64, which quantized attention alone asks for."""
+    [tool] = [tool for tool in TOOLS if tool.run == "webgpu"]
+    try:
+        prepared(tool)
+    except LookupError as error:
+        pytest.skip(f"{tool.name} cannot be had here: {error}")
+    model = made(tmp_path, None)
+    row = ran(tool, model.places[INLINED], model.feeds, model.reference)
+    logger.info("%s: %s", tool.name, row)
+    assert "refuses" not in row and (row["db"] is None or row["db"] >= model.limit_db > FAULT_DB), row
 
 
 @pytest.mark.slow
