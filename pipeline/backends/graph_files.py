@@ -45,9 +45,8 @@ def save_lowered(model: ir.Model, work_dir: Path, lowering: LoweringPass) -> Low
 
 
 def save_part(part: ir.Model, path: Path) -> None:
-    """Write one of the graphs that a lowered one was split into, for the target that its folder is called by; its data
-    is there already."""
-    sign(part, f"{part.graph.name}, lowered for the target {path.parent.name}: what runs {RUNS[path.name]}")
+    """Write one of the graphs that a lowered one was split into; its data is there already."""
+    sign(part, f"{part.graph.name}, lowered: what runs {RUNS[path.name]}")
     ir.save(part, path)
 
 
