@@ -31,7 +31,7 @@ def python_environment(name: str, requirements: tuple[str, ...], beside: bool = 
             [packages] = folder.glob("lib/python*/site-packages")
             places = [path for path in sys.path if Path(path).name == "site-packages"]
             lines = [f"import site; site.addsitedir({path!r})\n" for path in places]
-            packages.joinpath("beside.pth").write_text("".join(lines))
+            packages.joinpath("beside.pth").write_text("".join(lines), encoding="utf-8")
         python = folder / "bin" / "python"
         install(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-input", *requirements)
 
@@ -69,7 +69,7 @@ def install(*words: object) -> None:
     command = [str(word) for word in words]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=WAITED_S, check=False, env=without_xdist()
+            command, capture_output=True, encoding="utf-8", timeout=WAITED_S, check=False, env=without_xdist()
         )
     except subprocess.TimeoutExpired as error:
         raise LookupError(f"{command[-1]} was not installed within {WAITED_S} s") from error

@@ -44,7 +44,7 @@ def command(*words: object, cwd: Path) -> str:
     """The output of a console script of this environment. Raises Refused with its last words."""
     script = Path(sys.executable).with_name(str(words[0]))
     line = [str(script), *map(str, words[1:])]
-    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(line, cwd=cwd, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise Refused((done.stdout + done.stderr)[-600:])
     return done.stdout
@@ -134,7 +134,8 @@ def polygraphy_reduce(model: Path, feeds: Arrays, folder: Path) -> str:
     check.write_text(
         "import sys, onnx\n"
         "model = onnx.load('polygraphy_debug.onnx', load_external_data=False)\n"
-        f"sys.exit(any(node.op_type == {WANTED!r} for node in model.graph.node))\n"
+        f"sys.exit(any(node.op_type == {WANTED!r} for node in model.graph.node))\n",
+        encoding="utf-8",
     )
     shapes = [f"{name}:[{','.join(map(str, value.shape))}]" for name, value in feeds.items()]
     words = ("--mode", "bisect", "--model-input-shapes", *shapes, "-o", folder / "reduced.onnx")

@@ -152,7 +152,9 @@ def _inside(tool: Tool, python: Path, folder: Path, feeds: Arrays) -> tuple[Json
         *(str(folder / n) for n in (MODEL, "feeds.npz", "out")),
     ]
     env = without_xdist() | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=WAITED_S, check=False)
+    done = subprocess.run(
+        words, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=WAITED_S, check=False
+    )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         raise ChildProcessError(f"{tool.name} ended with {done.returncode}: {done.stderr[-600:]}")

@@ -54,7 +54,7 @@ def ran(run: str, modules: Path, folder: Path, feeds: Arrays) -> tuple[Json, Arr
 def in_node(folder: Path) -> Json | str:
     """Outputs by name as [dims, data], or what is said of why not."""
     words = [find(NODE), SCRIPT.name, "."]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=WAITED_S, check=False)
+    done = subprocess.run(words, cwd=folder, capture_output=True, encoding="utf-8", timeout=WAITED_S, check=False)
     if done.returncode:
         return (done.stderr or done.stdout)[-600:]
     document: Json = json.loads((folder / "outputs.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from pipeline.compiler import describe
 from pipeline.verify import __main__ as verify_command
 from pipeline.verify.__main__ import refuse_other_description
 from pipeline.verify.report import Gate, Report
-from tests.support.bundles import stand_in
+from tests.support.bundles import make_bundle, stand_in
 from tests.support.hostile import edit
 
 pytestmark = pytest.mark.torch
@@ -84,7 +84,7 @@ def test_a_failure_of_verify_says_how_far_and_where_the_report_is(
     gates = [Gate("cpu/calls", 20.5, 60, "dB", "worst sample; most in call 3: the mask is kept", at_most=False)]
     monkeypatch.setattr(verify_command, "verify_bundle", lambda *_: Report(gates))
     flags = ["-o", str(tmp_path / "report")] if kept else []
-    assert verify_command.main([str(tmp_path / "bundle"), *flags]) == 4
+    assert verify_command.main([str(make_bundle(tmp_path / "bundle")), *flags]) == 4
     where = f"see {tmp_path / 'report' / 'index.html'}" if kept else "give -o DIR to keep the report"
     sentence = "parity gate failed: cpu/calls = 20.5 dB, limit 60; cpu/calls: worst sample; most in call 3: the mask is"
     assert f"{sentence} kept; {where}" in capsys.readouterr().err
