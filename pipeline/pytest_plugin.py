@@ -61,14 +61,15 @@ class Parity:
         *,
         baseline: str | Path | None = None,
         tolerances: str | Path | None = None,
-        quick: bool = True,
+        quick: bool | None = None,
         model: str | None = None,
     ) -> Report:
         """Verify a bundle (see `ditc verify`) and return the report; fail the test where a gate fails.
 
         bundle: an opened one, or its folder. baseline: a bundle, or a file of `verify --write-baseline`, that it may
         not be worse than; what of it cannot be compared is a warning. tolerances: a file that says by how much it may.
-        quick: as of `verify --quick`. model: where the float model is, if it moved since the build.
+        quick: as of `verify --quick`; None: as the baseline was, without one it is. model: where the
+        float model is, if it moved since the build.
         """
         from export.errors import UserError
         from pipeline.verify.baseline import compare, load_tolerances
@@ -79,6 +80,7 @@ class Parity:
             stated = load_tolerances(None if tolerances is None else Path(tolerances))
             before = None if baseline is None else read_record(baseline)
             opened = open_any(bundle) if isinstance(bundle, str | Path) else bundle
+            quick = (before is None or before.quick) if quick is None else quick
             report = self._report(opened, quick, model)
         except UserError as error:
             pytest.fail(str(error), pytrace=False)

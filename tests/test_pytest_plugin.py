@@ -64,12 +64,12 @@ def test_a_failed_gate_fails_the_test(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_bundle_that_is_worse_than_its_baseline_fails_the_test(tmp_path: Path, calls: list[Any]) -> None:
     better = [replace(GATES[0], value=35.0), *GATES[1:]]
     path, baseline = make_reported(tmp_path / "a", GATES), make_reported(tmp_path / "b", better)
-    assert "gates/quant_sqnr_db = 29.5 dB, baseline 35 dB" in failure(Parity(), path, baseline=baseline, quick=False)
+    assert "gates/quant_sqnr_db = 29.5 dB, baseline 35 dB" in failure(Parity(), path, baseline=baseline)
     with pytest.warns(UserWarning, match="gates are not compared: the baseline's are of a whole verification"):
-        assert Parity()(path, baseline=baseline).passed
+        assert Parity()(path, baseline=baseline, quick=True).passed
     tolerances = tmp_path / "t.toml"
     tolerances.write_text('schema_version = 1\n[[tolerance]]\nof = "*"\nabsolute = 9.0\nwhy = "w"\n')
-    assert Parity()(path, baseline=baseline, tolerances=tolerances, quick=False).passed
+    assert Parity()(path, baseline=baseline, tolerances=tolerances).passed
 
 
 def test_what_a_user_does_wrong_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Function bodies of the `fpq` ops in standard ONNX ops, so that any runtime runs them with nothing of ours installed.
+"""Function bodies of the `fpq` ops in standard ONNX ops, so that runtimes need nothing of ours.
 
 One body serves every number format: tables of the format arrive as attributes, and the body reads them through
 Constants that refer to those attributes. Bodies call no other `fpq` function; shared parts are Python functions here

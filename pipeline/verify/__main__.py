@@ -246,6 +246,11 @@ def find(args: argparse.Namespace, report_dir: Path) -> Found:
     """Verify, and compare with the baseline. What the flags name is read before work starts."""
     tolerances = load_tolerances(args.tolerances)
     baseline = None if args.baseline is None else read_record(args.baseline)
+    if baseline is not None and baseline.quick != args.quick:
+        theirs, remedy = ("quick", "add --quick") if baseline.quick else ("whole", "leave --quick out")
+        raise RecipeError(
+            f"{args.baseline} is of a {theirs} verification; {remedy}, or write a baseline of the other kind"
+        )
     measured = None if args.bench is None else read_bench(args.bench, args.bundle)
     verify = verify_pipeline if is_pipeline(args.bundle) else verify_bundle
     flags = (args.model, args.variant, args.config)
@@ -288,7 +293,11 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
 
 
 def refuse_unwritable_results(args: argparse.Namespace) -> None:
-    """Refuse, before any work, what cannot be written."""
+    """Refuse, before any work, what cannot be written, and flags that would have no effect."""
+    if args.tolerances and not args.baseline:
+        raise RecipeError("--tolerances says by how much a bundle may be worse than its --baseline; give that, too")
+    if args.bench and not (args.baseline or args.write_baseline):
+        raise RecipeError("--bench is speed for --baseline or --write-baseline; give one of them, too")
     if args.output_dir:
         refuse_unwritable(args.output_dir, True, "--output-dir")
         refuse_in_bundle([args.output_dir], args.output_dir, "--output-dir")

@@ -167,7 +167,7 @@ def _notes(baseline: Record, record: Record) -> Iterator[str]:
     if baseline.quick != record.quick:
         kinds = ("of a whole verification", "of a quick one")
         yield f"gates are not compared: the baseline's are {kinds[baseline.quick]}, these {kinds[record.quick]}"
-    for name in sorted(baseline.timings.keys() & record.timings.keys()):
+    for name in sorted(baseline.timings):
         if difference := _timings_differ(baseline, record, name):
             yield f"speed{f' of {name}' if name else ''} is not compared: {difference}"
 

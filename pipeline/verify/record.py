@@ -110,6 +110,7 @@ class MeasuredMachine(TypedDict):
 class Measured(TypedDict):
     """What is read here of bench.json."""
 
+    engine: str
     batch_size: int
     threads: int
     shapes: dict[str, list[int]]
@@ -130,11 +131,15 @@ def record_of(
 
 
 def read_bench(path: Path, bundle: Path) -> Measured:
-    """What `bench -o` wrote to `path`. Raises RecipeError for another file, and for a pipeline `bundle`, whose
-    components are measured one by one."""
+    """What `bench -o` wrote to `path`. Raises RecipeError for another file, for one of another engine than `bundle`,
+    and for a pipeline, whose components are measured one by one."""
     if is_pipeline(bundle):
         raise RecipeError(f"{bundle} is a pipeline, whose components are measured one by one; leave out --bench")
-    return read_json(path, Measured, Rules(RecipeError, "write it with bench BUNDLE -o FILE.json"))
+    remedy = "write it with bench BUNDLE -o FILE.json"
+    measured = read_json(path, Measured, Rules(RecipeError, remedy, BENCH_VERSION, f"{remedy} of this version"))
+    if measured["engine"] != (engine := load_bundle(bundle).name):
+        raise RecipeError(f"{path} is of engine {measured['engine']}, {bundle} is {engine}; {remedy}")
+    return measured
 
 
 def stored_record(bundle: AnyBundle) -> Record:

@@ -23,8 +23,8 @@
 
 enum {
   TURNS = 4096, /* between looks at the clock */
-  /* Independent sums. Latency times instructions at once, 10 at most, would do if each instruction began when it could: 10
-   * reach 83 % of what 16 do on Emerald Rapids. FEW: as many as leave room for the factors among 16 registers. */
+  /* Independent sums. Latency times instructions at once, 10 at most, would do if each instruction began when it could, which
+   * they do not. FEW: as many as leave room for the factors among 16 registers. */
   FEW = 12,
   SUMS = 16
 };

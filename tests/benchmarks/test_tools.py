@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,12 @@ def test_a_tool(tool: Tool, form: str, model: Model) -> None:
         return
     assert "refuses" not in row, row
     assert model.limit_db > FAULT_DB
-    assert ("db" in row and (row["db"] is None or row["db"] >= model.limit_db)) or row.get("found"), row
+    if "db" in row:
+        assert row["db"] is None or row["db"] >= model.limit_db, row
+    elif reduced := re.fullmatch(r"(\d+) nodes to (\d+)", row["found"]):
+        assert int(reduced[1]) > int(reduced[2]) > 0, row
+    else:
+        assert re.fullmatch(r"valid|[1-9]\d* Node\(s\)", row["found"]), row
 
 
 @pytest.mark.slow

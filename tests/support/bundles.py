@@ -92,7 +92,7 @@ def make_reported(
 def measured(ratio: float, cpu: str = "a processor", threads: int = 2) -> dict[str, Any]:
     """What of bench.json is read again."""
     stated = {"batch_size": 1, "threads": threads, "shapes": {"x": [1, 3]}, "machine": {"cpu": cpu}}
-    return {"schema_version": 1, **stated, "ratios": {"cpu": {"torch_fp32": ratio}}}
+    return {"schema_version": 1, "engine": "small", **stated, "ratios": {"cpu": {"torch_fp32": ratio}}}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ PROMPT, NEGATIVE, SEED, STEPS, SCALE = "A red circle, and the blue ring ", "phot
 # Pictures of a run: a code flips in some of them, which shows how far a flip leads.
 PICTURES = 4
 PARTS = ("text_encoder", "transformer", "vae_decoder")
+FAULT_DB = 20.0  # another picture, or one with a wrong part, is nearer than this to none
 
 
 # --- what the page does not take --------------------------------------------------------------------------------------
@@ -241,6 +242,7 @@ def test_the_page_draws_the_pipeline_s_picture(made: Exported, tmp_path: Path) -
             "picture": picture_psnr(picture, expected.pictures[0]),
         }
         logger.info("dB to the run time: %s, limits: %s", reached, limits)
+        assert min(limits.values()) > FAULT_DB  # else nothing would be shown
         assert all(reached[name] >= limit for name, limit in limits.items()), (reached, limits)
         fill_in(tab, prompt=PROMPT, negative=NEGATIVE, seed=SEED, steps=STEPS, guidance=str(SCALE))
         tab.wait("document.getElementById('picture').dataset.drawn === '1'")
