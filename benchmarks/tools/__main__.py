@@ -4,6 +4,7 @@ without; writes benchmarks/results/tools.json. A tool that cannot be had here ha
 from __future__ import annotations
 
 import logging
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def measured(bundle_path: str) -> Json:
                     row |= ran(tool, places[form], feeds, reference)
                 except LookupError as error:
                     row |= {"version": "-", "absent": str(error)}
+                except (ChildProcessError, subprocess.TimeoutExpired) as error:  # of one tool, not of the others
+                    row |= {"version": "-", "refuses": str(error)}
                 logger.info("%s", row)
                 document["rows"].append(row)
     return document
