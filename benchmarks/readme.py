@@ -27,12 +27,13 @@ from pipeline.bench.profile import ATTENTION, BETWEEN, BYTE_ATTENTION, GEMM, RES
 from pipeline.command import parser
 from pipeline.methods import METHODS
 from pipeline.recipe import load, recipe_names
+from pipeline.verify.baseline import Tolerance, load_tolerances
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 README, CLI = ROOT / "README.md", DOCS / "cli.md"
 # Pages with generated parts.
-PAGES = (README, *(DOCS / f"{name}.md" for name in ("calibration", "deployment", "design", "gpu")))
+PAGES = (README, *(DOCS / f"{name}.md" for name in ("calibration", "ci", "deployment", "design", "gpu")))
 PACKAGES = ("export", "plugins", "pipeline", "benchmarks")
 
 
@@ -391,6 +392,20 @@ def autoencoders() -> str:
     return _with_notes(header, rows, notes, "autoencoder")
 
 
+def tolerances() -> str:
+    """By how much a bundle may be worse than its baseline, where nothing else is said."""
+    rows = [[f"`{row.of}`", _tolerated(row), row.why] for row in load_tolerances()]
+    return markdown(["numbers", "may be worse by", "why"], rows)
+
+
+def _tolerated(row: Tolerance) -> str:
+    if row.ignore:
+        return "not compared"
+    amounts = [f"{row.absolute:g}" if row.absolute else "", f"{100 * row.relative:g} %" if row.relative else ""]
+    enough = f"; {row.enough:g} is enough" if row.enough is not None else ""
+    return (" + ".join(filter(None, amounts)) or "nothing") + enough
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "recipes": recipes,
@@ -406,6 +421,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "text-encoder-size": text_encoder_size,
     "whole-pipelines": whole_pipelines,
     "autoencoders": autoencoders,
+    "tolerances": tolerances,
     "folders": folders,
 }
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)

@@ -41,3 +41,9 @@ class ResourceError(UserError):
     """Memory or disk ran out."""
 
     exit_code = 5
+
+
+class RegressionError(UserError):
+    """A bundle is worse than its baseline, by more than is tolerated."""
+
+    exit_code = 6

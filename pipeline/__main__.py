@@ -18,6 +18,7 @@ VERBS = {
     "calibrate": ("pipeline.calibrate.__main__", "quantize a model into a checkpoint, without building an engine"),
     "export": ("pipeline.export", "write a checkpoint as ONNX, a bundle as a web page or for Triton"),
     "verify": ("pipeline.verify.__main__", "check a bundle again: files, lowering, all parity gates"),
+    "compare": ("pipeline.compare", "show two bundles side by side, and where one is worse"),
     "bench": ("pipeline.bench.__main__", "measure a bundle on this machine"),
     "generate": ("pipeline.generate.__main__", "draw an image with a bundle"),
     "serve": ("pipeline.serve.__main__", "answer the OpenAI images API, and a web page, with a bundle"),

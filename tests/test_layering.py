@@ -80,7 +80,19 @@ TYPE_ONLY = "TYPE_CHECKING"
 # `bundle` above `generate`: an opened bundle knows how its model draws; drawing sees a bundle as a type alone.
 # `recipe` above `backends`: each target owns the options that stand in its table of a recipe.
 ORDER = (
-    ("__main__", "build", "doctor", "export", "inspect", "list", "push", "triton_server", "web"),
+    (
+        "__main__",
+        "build",
+        "compare",
+        "doctor",
+        "export",
+        "inspect",
+        "list",
+        "push",
+        "pytest_plugin",
+        "triton_server",
+        "web",
+    ),
     ("compile_pipeline",),
     ("compiler",),
     ("bench", "verify"),

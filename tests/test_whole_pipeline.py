@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -281,7 +282,8 @@ def test_where_runs_part_widely_a_fault_still_fails(
 
 
 def test_it_is_verified_again_whole(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(bundle), "-o", str(tmp_path / "new")]) == 0
+    results = ["--baseline", str(bundle), "--junit", str(tmp_path / "junit.xml")]
+    assert cli.main(["verify", str(bundle), "-o", str(tmp_path / "new"), *results]) == 0
     page = (tmp_path / "new" / "index.html").read_text()
     links = re.findall(r"href='([^']*)'", page)
     assert {"text_encoder/index.html", "parity.json"} <= set(links)
@@ -289,6 +291,16 @@ def test_it_is_verified_again_whole(bundle: Path, tmp_path: Path, capsys: pytest
     answer = capsys.readouterr().out
     assert all(f"ok    {name}" in answer for name in ("picture_psnr_db", "calls_ulps", "text_encoder/cpu/gemm_exact"))
     assert all(f"ok    {name}/cpu/finite" in answer for name in COMPONENTS)
+    suites = [suite.attrib["name"] for suite in ElementTree.parse(tmp_path / "junit.xml").getroot()]
+    assert {f"pixart_w4a6/{name}/cpu" for name in COMPONENTS} < set(suites) and suites[-1] == "pixart_w4a6/baseline"
+
+
+def test_it_is_compared_whole(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert cli.main(["compare", str(bundle), str(bundle), "--check", "-o", str(page)]) == 0
+    answer = capsys.readouterr().out
+    assert "gates/calls_ulps" in answer and all(f"bytes/{name}/cpu" in answer for name in COMPONENTS)
+    assert "Pictures of transformer" in page.read_text()
 
 
 def test_inspect_shows_its_components(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

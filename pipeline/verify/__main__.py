@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.documents import sha256
-from export.errors import ContractError, ParityError
+from export.errors import ContractError, ParityError, RegressionError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import read_config
 from pipeline import machine
@@ -28,11 +30,18 @@ from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, refuse_in_bundle, refus
 from pipeline.parts import read_folder
 from pipeline.recipe import ModelFlags, load_float_model, with_model
 from pipeline.signals import leave
+from pipeline.verify.baseline import Comparison, load_tolerances
+from pipeline.verify.baseline import compare as compare_with
+from pipeline.verify.effort import quick_note, quick_recipe, quick_targets
+from pipeline.verify.junit import write_error, write_junit
+from pipeline.verify.record import Record, open_any, read_bench, read_record, record_of, write_record
 from pipeline.verify.report import Report
+from pipeline.verify.summary import add_summary, failure_summary, summary
 
 if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
+logger = logging.getLogger(__name__)
 RECIPE = "recipe.toml"
 
 
@@ -42,17 +51,49 @@ def make_parser() -> Parser:
     flags.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that build wrote")
     add_model_flags(flags, "the float model, if it moved since the build")
     flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="write the new report here")
+    flags.add_argument(
+        "--quick",
+        action="store_true",
+        help="less of it, within the same limits: targets that run here, not the slow one, in two steps and few calls",
+    )
+    flags.add_argument(
+        "--baseline",
+        metavar="BUNDLE|FILE",
+        help="exit with 6 where gates, quality, bytes or speed are worse than those of a bundle (a folder, "
+        "hf://OWNER/NAME) or of a file that --write-baseline wrote",
+    )
+    flags.add_argument(
+        "--tolerances", type=Path, metavar="FILE.toml", help="by how much they may be worse (default: see docs/ci.md)"
+    )
+    flags.add_argument(
+        "--bench",
+        type=Path,
+        metavar="FILE.json",
+        help="speed as bench -o wrote it, in place of the build's own numbers",
+    )
+    flags.add_argument(
+        "--write-baseline", type=Path, metavar="FILE.json", help="write what --baseline takes, if all gates passed"
+    )
+    flags.add_argument("--junit", type=Path, metavar="FILE.xml", help="write every gate as a test case, for CI systems")
+    flags.add_argument(
+        "--summary", type=Path, metavar="FILE.md", help="add a summary in Markdown to the end of this file"
+    )
     add_threads(flags)
     return flags
 
 
 def verify_bundle(
-    path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
+    path: Path,
+    report_dir: Path,
+    flags: ModelFlags = (None, None, None),
+    threads: int | None = None,
+    quick: bool = False,
 ) -> Report:
     """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses.
 
     All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant and
-    configuration than the bundle was built from, None for the same.
+    configuration than the bundle was built from, None for the same. quick: of the files all, of the targets those
+    that run here, and less of them (see effort.py), within the same limits; the report says so.
     """
     machine.require_compiler("verifying a bundle")
     from export.portable import read_layers
@@ -71,21 +112,29 @@ def verify_bundle(
     with original.copied() as bundle, tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         refuse_other_description(bundle, model)
         layers = read_layers(bundle.path / "model.onnx") if model.family.quantizes else []
-        lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder)))
-        with opened(bundle.path, bundle.targets, machine.threads(threads)) as engines:
-            report, _ = timed(
-                "gates", lambda: verify(model, layers, lowered, engines, bundle.recipe, report_dir, threads)
-            )
+        running = [target for target in bundle.targets if bundle.problem(target) is None]
+        targets = quick_targets(bundle.targets, running) if quick else bundle.targets
+        recipe = quick_recipe(bundle.recipe) if quick else bundle.recipe
+        lowered, _ = timed("lower", lambda: lower_again(bundle, Path(folder), targets))
+        with opened(bundle.path, targets, machine.threads(threads)) as engines:
+            steps = recipe.sampling.n_steps if model.family.quantizes else None
+            note = quick_note(targets, bundle.targets, steps) if quick else None
+            judged = (model, layers, lowered, engines, recipe, report_dir, threads, note)
+            report, _ = timed("gates", lambda: verify(*judged))
     return report
 
 
 def verify_pipeline(
-    path: Path, report_dir: Path, flags: ModelFlags = (None, None, None), threads: int | None = None
+    path: Path,
+    report_dir: Path,
+    flags: ModelFlags = (None, None, None),
+    threads: int | None = None,
+    quick: bool = False,
 ) -> Report:
     """Verify a pipeline bundle: its own gates, whose report goes into `report_dir`, and every component as
     `verify_bundle` does, with a report in a folder of its name there. What is returned has the gates of all, the
     components' with their names in front. flags: another folder of the pipeline
-    than it was built from, and the variant of its weights."""
+    than it was built from, and the variant of its weights. quick: of every component, as of `verify_bundle`."""
     machine.require_compiler("verifying a bundle")
     from pipeline.verify.pipeline_gates import pipeline_report
     from pipeline.verify.pipeline_page import write_pipeline_page
@@ -98,8 +147,9 @@ def verify_pipeline(
     for name in whole.components:
         part = folder.part(name).recipe
         of_part = (part.model, part.model_variant, None)
-        component = verify_bundle(path / name, report_dir / name, of_part, threads)
+        component = verify_bundle(path / name, report_dir / name, of_part, threads, quick)
         report.gates += [replace(gate, name=f"{name}/{gate.name}") for gate in component.gates]
+        report.notes += [f"{name}: {note}" for note in component.notes]
     write_pipeline_page(own, whole, {name: report_dir / name for name in whole.components}, report_dir)
     return report
 
@@ -129,15 +179,15 @@ def _stated(config: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def lower_again(bundle: Bundle, folder: Path) -> dict[str, LoweredGraph]:
-    """Lower the portable model anew for every target; the bytes must be those that the bundle holds or was built from.
+def lower_again(bundle: Bundle, folder: Path, targets: Sequence[str]) -> dict[str, LoweredGraph]:
+    """Lower the portable model anew for `targets`; the bytes must be those that the bundle holds or was built from.
 
     Raises ContractError where they are not: then the engine does not belong to the portable model, or to this code.
     """
     from export.onnx_files import reading
 
     lowered = {}
-    for target in bundle.targets:
+    for target in targets:
         backend = BACKENDS[target]
         scratch, out = folder / "lowered" / target, folder / "built" / target
         scratch.mkdir(parents=True)
@@ -162,27 +212,95 @@ def compare(folder: Path, target: str, expected: Mapping[str, str]) -> None:
             raise ContractError(f"{target}: the portable model now lowers to another {name} than was built; {remedy}")
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a verification found. comparison: with the baseline, None without one."""
+
+    report: Report
+    record: Record
+    comparison: Comparison | None
+
+    def raise_if_wrong(self, kept: str) -> None:
+        """Raise ParityError where a gate failed, RegressionError where a number is worse. kept: where the report is."""
+        if not self.report.passed:
+            raise ParityError(f"{self.report.sentence()}; {kept}")
+        if self.comparison is not None and self.comparison.worse:
+            raise RegressionError(f"{self.comparison.sentence()}; {kept}")
+
+
+def find(args: argparse.Namespace, report_dir: Path) -> Found:
+    """Verify, and compare with the baseline. What the flags name is read before work starts."""
+    tolerances = load_tolerances(args.tolerances)
+    baseline = None if args.baseline is None else read_record(args.baseline)
+    measured = None if args.bench is None else read_bench(args.bench, args.bundle)
+    verify = verify_pipeline if is_pipeline(args.bundle) else verify_bundle
+    flags = (args.model, args.variant, args.config)
+    report = verify(args.bundle, report_dir, flags, args.threads, args.quick)
+    record = record_of(open_any(args.bundle), report.gates, measured, args.quick)
+    return Found(report, record, None if baseline is None else compare_with(baseline, record, tolerances))
+
+
+def write_results(args: argparse.Namespace, found: Found, seconds: float) -> None:
+    """The files that flags ask for. A bundle that failed a gate is no baseline."""
+    if args.junit:
+        write_junit(args.junit, found.record.engine, found.report.gates, found.comparison, seconds)
+    if args.summary:
+        add_summary(args.summary, summary(found.record.engine, found.report, found.comparison))
+    if args.write_baseline and found.report.passed:
+        write_record(found.record, args.write_baseline)
+
+
 def work(args: argparse.Namespace, answer: Answer) -> int:
-    """Verify and answer with the verdict and every gate."""
+    """Verify and answer with the verdict, every gate, and what is not as in the baseline."""
+    refuse_unwritable_results(args)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
+        try:
+            found = find(args, args.output_dir or Path(folder))
+        except UserError as error:
+            if args.junit:
+                write_error(args.junit, str(args.bundle), error, time.monotonic() - started)
+            if args.summary:
+                add_summary(args.summary, failure_summary(str(args.bundle), error))
+            raise
+    write_results(args, found, time.monotonic() - started)
+    tell(found, answer)
+    found.raise_if_wrong(
+        f"see {args.output_dir / 'index.html'}" if args.output_dir else "give -o DIR to keep the report"
+    )
+    answer.event(event="result", passed=True, exit_code=0, path=str(args.bundle))
+    answer.line(f"PASSED {args.bundle}")
+    return 0
+
+
+def refuse_unwritable_results(args: argparse.Namespace) -> None:
+    """Refuse, before any work, what cannot be written."""
     if args.output_dir:
         refuse_unwritable(args.output_dir, True, "--output-dir")
         refuse_in_bundle([args.output_dir], args.output_dir, "--output-dir")
-    with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-        flags = (args.model, args.variant, args.config)
-        verify = verify_pipeline if is_pipeline(args.bundle) else verify_bundle
-        report = verify(args.bundle, args.output_dir or Path(folder), flags, args.threads)
-    for gate in report.gates:
+    for flag in ("junit", "summary", "write_baseline"):
+        if path := getattr(args, flag):
+            refuse_unwritable(path, False, f"--{flag.replace('_', '-')}")
+
+
+def tell(found: Found, answer: Answer) -> None:
+    """Every gate, and of a comparison what is better or worse; notes go to the log."""
+    for note in found.report.notes:
+        logger.info("%s", note)
+    for gate in found.report.gates:
         row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
         answer.event(event="gate", **row)
         answer.line(
             f"{'ok  ' if gate.passed else 'FAIL'}  {gate.name} = {gate.value:g} {gate.unit} (limit {gate.limit:g})"
         )
-    if not report.passed:
-        kept = f"see {args.output_dir / 'index.html'}" if args.output_dir else "give -o DIR to keep the report"
-        raise ParityError(f"{report.sentence()}; {kept}")
-    answer.event(event="result", passed=True, exit_code=0, path=str(args.bundle))
-    answer.line(f"PASSED {args.bundle}")
-    return 0
+    if found.comparison is None:
+        return
+    for note in found.comparison.notes:
+        logger.warning("%s", note)
+    for compared in found.comparison.rows:
+        answer.event(event="baseline", **compared.document())
+        if compared.verdict in ("better", "worse"):
+            answer.line(f"{compared.verdict:<6}  {compared.sentence()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,14 +75,15 @@ def verify_half(
     engines: Mapping[str, Engine],
     recipe: Recipe,
     out_dir: Path,
+    notes: Sequence[str] = (),
 ) -> Report:
     """All gates of every target of `lowered`; one without an entry in `engines` is judged by its lowered graph.
 
-    Writes the report's files into `out_dir`.
+    Writes the report's files into `out_dir`. notes: what the report says first.
     """
     from pipeline.verify.page import write_plain_page
 
-    reference, report = Reference(model), Report()
+    reference, report = Reference(model), Report(notes=list(notes))
     calls = [reference.call(seed, size) for seed, size in enumerate(track(SIZES, len(SIZES), "verify: reference"))]
     for target, graph in lowered.items():
         probed, engine = ProbedGraph(graph), engines.get(target)

@@ -9,11 +9,17 @@ targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pipeline.backends import BACKENDS
+from pipeline.generate.case import is_large
+from pipeline.recipe import Recipe
 from pipeline.verify import calls
+
+if TYPE_CHECKING:
+    from export.models.load import LoadedModel
 
 # Of a slow target of a small model: pictures of its own trajectory, and every how many steps are compared.
 PICTURES, EVERY = 1, 3
@@ -32,6 +38,11 @@ MOST_SCORES = 2**22
 # Calls of a large model's lowered graph where it stands in for an engine: those of 9 hold each sample three times. It
 # draws no picture, which repeats its steps.
 STOOD_IN = (1, 2, 3)
+# Of `verify --quick`: the first step and the last, which is looked into; of a small model with the noise of so many
+# pictures, none of which is drawn by the engine: where a step is that long one flip moves a picture as far as
+# quantization does. Of the special calls those of one sample and of three, which have samples of every pool; no calls
+# for what an engine keeps.
+QUICK_STEPS, QUICK_PICTURES, QUICK_SPECIAL, QUICK_INSIDE = 2, 2, (1, 3), (3,)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,48 @@ def effort_for(
         return Effort(last, last, 0, special=LARGE_PORTABLE, inside=(), state=False)
     steps = tuple(sorted({*range(0, n_steps, EVERY), *probed}))
     return Effort(steps, last, min(PICTURES, pictures), inside=FEW_INSIDE)
+
+
+def quick_targets(targets: Sequence[str], running: Collection[str]) -> tuple[str, ...]:
+    """The targets that a quick verification looks at: those that run here, without slow ones where there are others.
+
+    >>> quick_targets(["cpu", "rtx", "onnx"], ["cpu", "onnx"]), quick_targets(["rtx", "onnx"], ["onnx"])
+    (('cpu',), ('onnx',))
+    """
+    runs = [target for target in targets if target in running] or targets
+    return tuple(target for target in runs if not BACKENDS[target].slow) or tuple(runs)
+
+
+def quick_recipe(recipe: Recipe) -> Recipe:
+    """The recipe as a quick verification draws by it: of QUICK_STEPS steps, but for one of fewer."""
+    steps = min(QUICK_STEPS, recipe.sampling.n_steps)
+    return replace(recipe, sampling=replace(recipe.sampling, n_steps=steps))
+
+
+def quick_effort(effort: Effort) -> Effort:
+    """What a quick verification runs of a target, out of what a whole one runs of a trajectory of as few steps."""
+    special = tuple(size for size in effort.special if size in QUICK_SPECIAL)
+    inside = tuple(size for size in effort.inside if size in QUICK_INSIDE)
+    return replace(effort, probed=effort.probed[-1:], pictures=0, special=special, inside=inside, state=False)
+
+
+def quick_pictures(model: LoadedModel) -> int:
+    """How many pictures the reference draws; 0 for as many as otherwise, of a large model or a text encoder."""
+    return QUICK_PICTURES if model.family.steps and not is_large(model) else 0
+
+
+def quick_note(looked_at: Sequence[str], targets: Sequence[str], n_steps: int | None) -> str:
+    """What a report says of it. n_steps: None of an autoencoder, which is called as in a whole verification."""
+    less = [f"{', '.join(looked_at)} alone"]
+    if n_steps is not None:
+        less += [
+            f"{n_steps} step(s), the last of them looked into",
+            f"special calls of batch {' and '.join(map(str, QUICK_SPECIAL))}",
+            "no gate on pictures, no call for what an engine keeps between calls",
+        ]
+    left_out = [target for target in targets if target not in looked_at]
+    others = f"; not looked at: {', '.join(left_out)}" if left_out else ""
+    return f"quick verification: {'; '.join(less)}{others}. A whole one (without --quick) looks at all of it"
 
 
 def note(target: str, effort: Effort, n_steps: int, probed: tuple[int, ...], pictures: int) -> str | None:

@@ -414,15 +414,18 @@ def pictures_db(study: Study, pictures: Array) -> list[float]:
     return [psnr_db(one, other, peak) for one, other in zip(reference[: len(pictures)], pictures, strict=True)]
 
 
-def quantization_gates(study: Study, recipe: Recipe) -> list[Gate]:
-    """What quantization costs: the reference against the float model, within the recipe's budgets."""
+def quantization_gates(study: Study, recipe: Recipe, of_pictures: bool = True) -> list[Gate]:
+    """What quantization costs: the reference against the float model, within the recipe's budgets.
+
+    of_pictures: that of pictures too, whose budget is for as many steps as the recipe has.
+    """
     noise = sum(10 ** (-value / 10) for value in study.quant_db) / len(study.quant_db)
     sqnr = -10 * math.log10(noise) if noise > 0 else math.inf
     pictures = pictures_db(study, study.pictures["float"])
     psnr = float(np.median(pictures))
     budget = "what quantization costs against the float model; the limit is the recipe's budget"
     rows = [("quant_sqnr_db", sqnr, recipe.budgets.quant_sqnr_db, "step", study.quant_db)]
-    if study.case.makes_pictures:
+    if study.case.makes_pictures and of_pictures:
         rows.append(("final_psnr_fp_db", psnr, recipe.budgets.final_psnr_fp_db, "picture", pictures))
     gates = []
     for name, value, limit, unit, values in rows:

@@ -24,7 +24,7 @@ from pipeline.methods import activation_scalings
 from pipeline.recipe import Recipe, to_toml
 from pipeline.verify.pictures import Column, gallery
 from pipeline.verify.plots import Plot, Series
-from pipeline.verify.report import LayerResult, Report, SegmentResult, StepResult
+from pipeline.verify.report import LayerResult, Report, SegmentResult, StepResult, number
 from pipeline.verify.study import Study
 
 if TYPE_CHECKING:
@@ -166,15 +166,6 @@ def percent(share: float) -> str:
     """A share with as many digits as keep it apart from 100 %."""
     digits = 0 if share in (0, 1) or math.isnan(share) else max(1, math.ceil(-math.log10(1 - share)) - 1)
     return f"{100 * share:.{digits}f} %"
-
-
-def number(value: float) -> str:
-    """Six digits are enough for people; shares close to 1 keep what matters."""
-    if math.isnan(value):
-        return "-"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.8f}" if 0.99 < value < 1 else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def data_uri(png: bytes) -> str:

@@ -30,7 +30,7 @@ from pipeline.verify.attention_oracle import AttentionProbe
 from pipeline.verify.attentions import Attentions, attention_gates
 from pipeline.verify.autoencoder import verify_half
 from pipeline.verify.calls import LARGE_TEXT_NOTE, call_errors, is_large_text, state_result
-from pipeline.verify.effort import Effort, effort_for, note
+from pipeline.verify.effort import Effort, effort_for, note, quick_effort, quick_pictures
 from pipeline.verify.extremes import LARGE_TOKENS, extreme_results, kept_beside
 from pipeline.verify.gates import (
     LAYER_RULES,
@@ -72,9 +72,12 @@ def verify(
     recipe: Recipe,
     out_dir: Path,
     threads: int | None = None,
+    quick: str | None = None,
 ) -> Report:
     """All gates of design: `layers` are what every engine must compute, none of an autoencoder. Writes the report's
     files into `out_dir`.
+
+    quick: less of each target is run, and this note begins the report; `recipe` is a `quick_recipe` (effort.py).
 
     A target of `lowered` without an entry in `engines` is judged by its lowered graph in onnxruntime, and the report
     says so. threads: how many to use, see `machine.threads`; targets are judged side by side, of a large model
@@ -82,23 +85,26 @@ def verify(
     """
     from pipeline.verify.page import write_page
 
+    notes = [] if quick is None else [quick]
     if model.family.half is not None:
-        return verify_half(model, lowered, engines, recipe, out_dir)
+        return verify_half(model, lowered, engines, recipe, out_dir, notes)
     arithmetics = {target: BACKENDS[target].arithmetic(recipe, target in engines) for target in lowered}
     of_graphs = {ARITHMETICS[arithmetic].of_graph for arithmetic in arithmetics.values()}
     threads = machine.threads(threads)
-    reference = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads)
+    pictures_asked = 0 if quick is None else quick_pictures(model)
+    reference = study(model, layers, recipe, {*arithmetics.values(), *of_graphs}, threads, pictures_asked)
     at_once = min(threads, len(lowered), TARGETS_AT_ONCE if is_large(model) else threads)
     # A large model's last target has the machine to itself, and its operations are large enough for all threads.
     threads_each = threads if is_large(model) else threads // at_once
-    report = Report(gates=quantization_gates(reference, recipe))
+    report = Report(gates=quantization_gates(reference, recipe, of_pictures=quick is None), notes=notes)
     if is_large_text(model):
         report.notes.append(LARGE_TEXT_NOTE)
 
     def one(target: str) -> tuple[Report, NDArray[np.float32]]:
         part, graph = Report(), lowered[target]
         judged = (target, model, layers, graph, engines.get(target), reference, part, arithmetics[target])
-        pictures = verify_target(*judged, threads=threads_each)
+        effort = whole_effort(target, reference, is_large(model), target in engines)
+        pictures = verify_target(*judged, effort if quick is None else quick_effort(effort), threads_each)
         find_overflow = BACKENDS[target].overflow(graph, recipe)
         if find_overflow is not None:
             part.gates.append(fp16_gate(target, find_overflow(overflow_calls(reference, is_large(model)))))
@@ -144,8 +150,8 @@ def verify_target(
     present = [layer for layer in layers if layer.name in probed.complete and layer.name in expected]
     report.gates.append(coverage_gate(target, {layer.name for layer in present}, list(expected)))
     assert study.stretches is not None
-    whole = (study.case.n_steps, study.probed, len(study.case.prompts) if study.case.makes_pictures else 0)
-    effort = effort or effort_for(target, *whole, large=is_large(model), runs=engine is not None)
+    whole = whole_effort(target, study, is_large(model), engine is not None)
+    effort = effort or whole
     calls = looked_at(study, effort)
     # Of the call with fewest tokens: that of one sample, where it is looked into.
     smallest = min(calls, key=lambda text: calls[text][model.family.streamed].size)
@@ -202,10 +208,21 @@ def verify_target(
     report.gates += layer_gates(target, results, nonfinite, where, attentions.results, attentions.order)
     report.gates += end_gates(target, errors, pictures, study, single)
     report.notes += notes_on_layers(target, results)
-    report.notes += filter(None, [note(target, effort, *whole), attention.note(target, attentions.results)])
+    less = note(target, effort, *_extent(study)) if effort == whole else None  # else whoever asked for it says so
+    report.notes += filter(None, [less, attention.note(target, attentions.results)])
     if ARITHMETICS[arithmetic].note:
         report.notes.append(f"{target}: {ARITHMETICS[arithmetic].note}")
     return pictures
+
+
+def whole_effort(target: str, study: Study, large: bool, runs: bool) -> Effort:
+    """What a whole verification runs of a target; arguments as of `effort_for`."""
+    return effort_for(target, *_extent(study), large=large, runs=runs)
+
+
+def _extent(study: Study) -> tuple[int, tuple[int, ...], int]:
+    """All steps, those whose layers are looked at, and all pictures."""
+    return study.case.n_steps, study.probed, len(study.case.prompts) if study.case.makes_pictures else 0
 
 
 def looked_at(study: Study, effort: Effort) -> dict[str, Arrays]:

@@ -32,7 +32,12 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        return not math.isnan(self.value) and (self.value <= self.limit if self.at_most else self.value >= self.limit)
+        return within(self.value, self.limit, self.at_most)
+
+
+def within(value: float, limit: float, at_most: bool) -> bool:
+    """Does the value lie on the right side of the limit? nan never does."""
+    return bool(value <= limit if at_most else value >= limit)
 
 
 @dataclass(frozen=True)
@@ -166,14 +171,19 @@ class Report:
         """The document parity.json; nan becomes null, and inf the text "inf", which JSON lacks."""
         document = {"schema_version": SCHEMA_VERSION, "passed": self.passed, **asdict(self)}
         document["gates"] = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
-        return json.dumps(_plain(document), indent=1, allow_nan=False)
+        return json.dumps(plain(document), indent=1, allow_nan=False)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """The same for JSON: nan becomes null, and inf a text; see `number_of`.
+
+    >>> plain({"a": (1, math.inf, math.nan)})
+    {'a': [1, 'inf', None]}
+    """
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, bool | str | int | None):
         return value
     assert isinstance(value, SupportsFloat), f"a report holds {type(value).__name__}"
@@ -181,6 +191,20 @@ def _plain(value: object) -> object:
     if math.isnan(number):
         return None
     return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
+
+
+def number_of(value: float | str | None) -> float:
+    """A number that `plain` has written."""
+    return math.nan if value is None else float(value)
+
+
+def number(value: float) -> str:
+    """Six digits are enough for people; shares close to 1 keep what matters."""
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.8f}" if 0.99 < value < 1 else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def write_layers_csv(report: Report, path: Path) -> None:

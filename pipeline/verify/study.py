@@ -214,11 +214,12 @@ def study(
     recipe: Recipe,
     arithmetics: Collection[Arithmetic] = frozenset({"fp32"}),
     threads: int | None = None,
+    pictures: int = 0,
 ) -> Study:
     """Run the float64 reference, then float32 realisations and the float model side by side, of a large model
     RUNS_AT_ONCE at a time.
 
-    arithmetics: "fp32", or "fp16" for parts in FP16, as the targets under test have it.
+    arithmetics: "fp32", or "fp16" for parts in FP16, as the targets under test have it. pictures: as of `make_case`.
     """
     import torch
 
@@ -232,7 +233,7 @@ def study(
         return Passes(module, dtype, reference, together=plain and not keeps_integers(model))
 
     attention = recipe.attention.formats
-    reference = Study(make_case(model, recipe), model.family.counted)
+    reference = Study(make_case(model, recipe, pictures), model.family.counted)
     if is_large(model):
         reference.weight_read = partial(give_back_weights, model)
     reference.pools = make_pools(model, reference.case)

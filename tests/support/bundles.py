@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.bundle import manifest
 from pipeline.bundle.bundle import Bundle
 from pipeline.files import tree
 from pipeline.passes.probes import Choice
+from pipeline.verify.report import Gate, Report
 from tests.support.portable import make_linear
 
 # What `bench` gives where no engine runs.
@@ -68,6 +70,29 @@ def make_bundle(folder: Path) -> Path:
     (folder / "config.json").write_text('{"in_channels": 4, "sample_size": 32}')
     manifest.write(manifest.compose(facts(folder), folder), folder)
     return folder
+
+
+def make_reported(
+    folder: Path, gates: Sequence[Gate], ratio: float | None = None, pictures: Mapping[str, bytes] | None = None
+) -> Path:
+    """The bundle with a report of these gates. ratio: of cpu to torch_fp32, as measured on one processor. pictures: PNG
+    files by the names that they have in a report."""
+    make_bundle(folder)
+    (folder / "report/images").mkdir(parents=True)
+    (folder / "report/parity.json").write_text(Report(list(gates)).to_json())
+    (folder / "recipe.toml").write_text('name = "small"\n')
+    if ratio is not None:
+        (folder / "bench.json").write_text(json.dumps(measured(ratio)))
+    for name, png in (pictures or {}).items():
+        (folder / "report/images" / name).write_bytes(png)
+    manifest.write(manifest.compose(facts(folder), folder), folder)
+    return folder
+
+
+def measured(ratio: float, cpu: str = "a processor", threads: int = 2) -> dict[str, Any]:
+    """What of bench.json is read again."""
+    stated = {"batch_size": 1, "threads": threads, "shapes": {"x": [1, 3]}, "machine": {"cpu": cpu}}
+    return {"schema_version": 1, **stated, "ratios": {"cpu": {"torch_fp32": ratio}}}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pipeline.generate.conditioning import from_dict
 from pipeline.verify import probe as probing
 from pipeline.verify.call_patterns import Setting
 from pipeline.verify.calls import SampleError
+from pipeline.verify.effort import quick_note, quick_recipe
 from pipeline.verify.gates import FACTOR_DB, NOT_IN_STEPS, ROUNDED_DB, TOO_COARSE, end_gates, quantization_gates
 from pipeline.verify.oracle import LinearProbe, LinearWeight, activation_oracle, check_linear, exact_sums
 from pipeline.verify.probe import ProbedGraph
@@ -368,6 +369,26 @@ def test_verify_writes_a_passing_report(activation: str, granularity: str, targe
     assert json.loads((tmp_path / "report" / "parity.json").read_text())["schema_version"] == 1
     assert len((tmp_path / "report" / "layers.csv").read_text().splitlines()) == 1 + len(layers)
     assert (tmp_path / "report" / "images" / f"{target}-0.png").is_file()
+
+
+@pytest.mark.torch
+def test_a_quick_verification_runs_less_and_says_so(tmp_path: Path) -> None:
+    model = models.load(str(tiny.folder("dit", tmp_path)))
+    layers = tiny.quantized(model, granularity="exact_group", activation="E2M3")
+    stated = {"name": "tiny", "model": model.source, "sampling": {"n_steps": 4}}
+    recipe = quick_recipe(recipes.from_dict(stated, "test"))
+    assert recipe.sampling.n_steps == 2
+    export_portable(model, layers, tmp_path / "model.onnx")
+    (tmp_path / "cpu").mkdir()
+    graph = BACKENDS["cpu"].lower(tmp_path / "model.onnx", tmp_path / "cpu", recipe)
+    words = quick_note(["cpu"], ["cpu", "onnx"], 2)
+    report = verify(model, layers, {"cpu": graph}, {}, recipe, tmp_path / "report", quick=words)
+    assert report.passed and report.notes[0] == words and "not looked at: onnx" in words
+    assert {row.name for row in report.layers} == {layer.name for layer in layers} and len(report.steps) == 2
+    names = {gate.name for gate in report.gates}
+    assert {"quant_sqnr_db", "cpu/gemm_exact", "cpu/segments", "cpu/calls", "cpu/step_sqnr_db"} <= names
+    assert not any("psnr" in name or "repeats" in name for name in names)
+    assert words in (tmp_path / "report" / "index.html").read_text()
 
 
 @pytest.mark.torch
