@@ -93,6 +93,7 @@ ORDER = (
         "triton_server",
         "web",
     ),
+    ("sweep",),
     ("compile_pipeline",),
     ("compiler",),
     ("bench", "verify"),
