@@ -19,16 +19,15 @@ from pipeline.files import lock, refuse_unwritable, remove
 from pipeline.progress import track
 from pipeline.signals import leave
 from pipeline.sweep import results
-from pipeline.sweep.jobs import Ended, Job, Runner, in_turn
+from pipeline.sweep.jobs import Runner, in_turn
 from pipeline.sweep.plan import Build, read_sweep
-from pipeline.sweep.work import Checked, Place, check_jobs, remove_fragments, work_jobs
+from pipeline.sweep.work import STATE, WRITTEN, Checked, Place, check_jobs, remove_fragments, work_jobs
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Build every combination of a TOML file's recipes, models, methods and options, and compare the bundles."
-# What a sweep writes, in its folder; see work.py.
-WRITTEN = ("bundles", "calibrations", "rejected", "logs", "compare", "table.csv", "table.md", "index.html")
 # How many failed jobs a message names.
 NAMED = 5
+MOST_UNITS = 1000  # processors or GPUs of a job
 
 
 def make_parser() -> Parser:
@@ -42,7 +41,7 @@ def make_parser() -> Parser:
     text = "do the jobs on the Ray cluster at HOST:PORT, or auto for the one that this machine is part of"
     flags.add_argument("--ray", metavar="ADDRESS", help=text)
     text = "with --ray: processors that each takes (default: all of the smallest machine, to measure undisturbed)"
-    flags.add_argument("--cpus-per-job", type=float, metavar="N", help=text)
+    flags.add_argument("--cpus-per-job", type=int, metavar="N", help=text)
     flags.add_argument(
         "--gpus-per-job", type=float, metavar="X", help="with --ray: that each takes, 0.5 for a half (default: 0)"
     )
@@ -68,7 +67,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
             return _dry_run(builds, checked, place, answer)
         with _kept_for_resume(place.folder, args.force):
             rows = _done(builds, checked, place, runner, answer)
-            rows = {name: results.with_numbers(row, place) for name, row in rows.items()}
+            rows = {name: results.with_bundle(row, place) for name, row in rows.items()}
             _write(rows, place)
     failed = results.failures(rows.values())
     documents = [row.document() for row in rows.values()]
@@ -87,8 +86,8 @@ def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     names = {path.name.removesuffix(".part") for path in folder.iterdir()}
-    copied = resume and not force and names <= {results.STATE, *WRITTEN}  # in part, without the file that tells
-    if not (folder / results.STATE).is_file() and not copied:
+    copied = resume and not force and names <= {STATE, *WRITTEN}  # in part, without the file that tells
+    if not (folder / STATE).is_file() and not copied:
         raise RecipeError(f"{folder} is not a sweep and is not touched; choose another --output-dir")
     if not (resume or force):
         remedy = "add --resume to go on with it, or --force to start again"
@@ -103,15 +102,17 @@ def _runner(args: argparse.Namespace) -> Iterator[Runner]:
             raise RecipeError(f"--{given[0].replace('_', '-')} without --ray; this process does one job at a time")
         yield in_turn
         return
-    for name, value in (("--cpus-per-job", args.cpus_per_job), ("--gpus-per-job", args.gpus_per_job)):
-        if value is not None and not 0 <= value <= 1000:
-            raise RecipeError(f"{name} {value:g}; use 0 to 1000")
+    gpus = args.gpus_per_job or 0.0
+    if args.cpus_per_job is not None and not 1 <= args.cpus_per_job <= MOST_UNITS:
+        raise RecipeError(f"--cpus-per-job {args.cpus_per_job}; use 1 to {MOST_UNITS}")
+    if not (0 <= gpus <= MOST_UNITS and (gpus <= 1 or gpus.is_integer())):
+        raise RecipeError(f"--gpus-per-job {gpus:g}; use 0, a part of one as 0.5, or a whole number")
     machine.require(("ray",), "a sweep with --ray", "ray")
     from pipeline.serve.cluster import joined
     from pipeline.sweep.ray_jobs import Cluster, whole_machines
 
     with joined(args.ray):
-        yield Cluster(whole_machines(args.cpus_per_job, args.gpus_per_job or 0.0))
+        yield Cluster(whole_machines(args.cpus_per_job, gpus))
 
 
 def _checked(builds: list[Build], place: Place, runner: Runner, anew: bool) -> dict[str, Checked]:
@@ -119,7 +120,8 @@ def _checked(builds: list[Build], place: Place, runner: Runner, anew: bool) -> d
 
     anew: whether what is there is to be replaced.
     """
-    ended = list(_tracked(runner, check_jobs(builds, place), "check"))
+    jobs = check_jobs(builds, place)
+    ended = list(track(runner(jobs), len(jobs), "check"))
     refused = [row for row in ended if not row.passed]
     if refused:
         kinds: dict[int, type[UserError]] = {kind.exit_code: kind for kind in (EnvironmentLacksError, ResourceError)}
@@ -128,10 +130,6 @@ def _checked(builds: list[Build], place: Place, runner: Runner, anew: bool) -> d
         named = _listed([f"{row.name}: {row.reason}" for row in refused])
         raise kind(f"{len(refused)} of {len(builds)} engines cannot be built, so nothing was begun: {named}")
     return {row.name: replace(row.result, done=row.result.done and not anew) for row in ended}
-
-
-def _tracked(runner: Runner, jobs: Sequence[Job], label: str) -> Iterator[Ended]:
-    return track(runner(jobs), len(jobs), label)
 
 
 def _listed(sentences: Sequence[str]) -> str:
@@ -185,7 +183,8 @@ def _done(
     """Do the jobs; sweep.json tells of each as it ends."""
     rows = results.first_rows(builds, checked)
     results.write_state(rows, place)
-    for ended in _tracked(runner, work_jobs(builds, checked, place), "sweep"):
+    jobs = work_jobs(builds, checked, place)
+    for ended in track(runner(jobs), len(jobs), "sweep"):
         logger.info("%s: %s", ended.name, f"{ended.seconds:.0f} s" if ended.passed else "failed")
         answer.event(event="job", name=ended.name, exit_code=ended.exit_code, reason=ended.reason, tries=ended.tries)
         if ended.name in rows:  # the others are calibrations

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from jinja2 import ChoiceLoader, PackageLoader
 
 from export.documents import whole_file
-from pipeline.bundle.bundle import Bundle, load_bundle
+from pipeline.bundle.bundle import Bundle
 from pipeline.compiler import REPORT_PAGE
 from pipeline.sweep.results import Row, failures, summary
 from pipeline.sweep.work import Place
@@ -18,7 +18,6 @@ from pipeline.verify.baseline import compare, load_tolerances
 from pipeline.verify.beside import beside, drawn_from_equal_noise, report_pictures
 from pipeline.verify.beside_page import EQUAL, OTHER, write_beside_page
 from pipeline.verify.page import TEMPLATES
-from pipeline.verify.record import stored_record
 
 PAGE = "index.html"
 FLOAT = "float"
@@ -52,17 +51,17 @@ class Line:
 
 def write_page(rows: Mapping[str, Row], place: Place) -> None:
     """Write index.html and compare/NAME.html: each bundle beside the first of the same model."""
-    bundles = {name: load_bundle(place.bundle(name)) for name, row in rows.items() if row.numbers}
     by_model: dict[str, dict[str, Bundle]] = {}
-    for name, bundle in bundles.items():
-        by_model.setdefault(bundle.manifest["model"]["sha256"], {})[name] = bundle
+    for name, row in rows.items():
+        if row.bundle is not None:
+            by_model.setdefault(row.bundle.manifest["model"]["sha256"], {})[name] = row.bundle
     pairs = {
         name: f"compare/{name}.html" for named in by_model.values() for position, name in enumerate(named) if position
     }
     for named in by_model.values():
-        (_, first), *others = named.items()
-        for name, bundle in others:
-            _write_pair(place.folder / pairs[name], first, bundle)
+        first, *others = (rows[name] for name in named)
+        for row in others:
+            _write_pair(place.folder / pairs[row.build.name], first, row)
     table = summary(rows.values())
     lines = [
         Line(cells, row.ended.reason if row.ended else "", _report(row, place), quote(pairs.get(row.build.name, "")))
@@ -80,14 +79,15 @@ def write_page(rows: Mapping[str, Row], place: Place) -> None:
         part.write_text(page, encoding="utf-8")
 
 
-def _write_pair(path: Path, first: Bundle, other: Bundle) -> None:
-    comparison = compare(stored_record(first), stored_record(other), load_tolerances())
-    write_beside_page(path, first, other, beside(first, other), comparison)
+def _write_pair(path: Path, first: Row, other: Row) -> None:
+    assert first.bundle and first.record and other.bundle and other.record
+    comparison = compare(first.record, other.record, load_tolerances())
+    write_beside_page(path, first.bundle, other.bundle, beside(first.bundle, other.bundle), comparison)
 
 
 def _report(row: Row, place: Place) -> str:
     """The address of a build's own report, of one that failed its gates, too."""
-    folder = place.bundle(row.build.name) if row.numbers else place.rejected(row.build.name)
+    folder = place.bundle(row.build.name) if row.bundle else place.rejected(row.build.name)
     path = folder / REPORT_PAGE
     return quote(path.relative_to(place.folder).as_posix()) if path.is_file() else ""
 

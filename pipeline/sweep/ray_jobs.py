@@ -26,11 +26,11 @@ TRIES = 3
 class Share:
     """What a job takes of a machine, as Ray counts it."""
 
-    cpus: float
+    cpus: int
     gpus: float = 0.0
 
 
-def whole_machines(cpus: float | None, gpus: float) -> Share:
+def whole_machines(cpus: int | None, gpus: float) -> Share:
     """`cpus`, or as many as the smallest machine of the cluster has, so that a job has one for itself and what it
     measures is not measured beside another. Raises EnvironmentLacksError where no machine has any."""
     import ray
@@ -40,9 +40,9 @@ def whole_machines(cpus: float | None, gpus: float) -> Share:
     if cpus is None and not machines:
         needs = f" with {gpus:g} GPUs" if gpus else ""
         raise EnvironmentLacksError(f"no machine{needs} is in the Ray cluster yet; start one, or give --cpus-per-job")
-    share = Share(min(row["CPU"] for row in machines) if cpus is None else cpus, gpus)
+    share = Share(int(min(row["CPU"] for row in machines)) if cpus is None else cpus, gpus)
     if not any(row["CPU"] >= share.cpus for row in machines):
-        words = "no machine of the cluster has %g processors and %g GPUs; jobs wait until one joins"
+        words = "no machine of the cluster has %d processors and %g GPUs; jobs wait until one joins"
         logger.warning(words, share.cpus, share.gpus)
     return share
 

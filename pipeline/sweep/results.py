@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from export.documents import whole_file
 from pipeline import machine
 from pipeline.backends import tool_versions
+from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.command import Table
 from pipeline.files import write_json
 from pipeline.sweep.jobs import Ended
 from pipeline.sweep.plan import Build
-from pipeline.sweep.work import Checked, Place
-from pipeline.verify.record import SPEED, Number, open_any, stored_record
+from pipeline.sweep.work import STATE, Checked, Place
+from pipeline.verify.record import SPEED, Number, Record, stored_record
 from pipeline.verify.report import number, plain
 
 SCHEMA_VERSION = 1
-STATE = "sweep.json"
 Status = Literal["waiting", "built", "kept", "failed"]
 # Of the numbers of a bundle, those that the table for people has: by name, and what stands over them.
 SHOWN = {
@@ -34,15 +34,25 @@ ABSENT = "-"
 
 @dataclass(frozen=True)
 class Row:
-    """One build. status: kept is one that an earlier run of the sweep has built. seconds: of the build alone. numbers:
-    of its bundle, by the names of `pipeline.verify.record`, none of one that failed or waits."""
+    """One build. status: kept is one that an earlier run of the sweep has built. seconds: of the build alone. bundle,
+    record: what came of it, and its numbers; None of one that failed or waits."""
 
     build: Build
     status: Status = "waiting"
     calibration: str = ""
     ended: Ended | None = None
-    numbers: Mapping[str, Number] = field(default_factory=dict)
-    formats: str = ABSENT
+    bundle: Bundle | None = None
+    record: Record | None = None
+
+    @property
+    def numbers(self) -> Mapping[str, Number]:
+        """By the names of `pipeline.verify.record`."""
+        return {} if self.record is None else self.record.numbers
+
+    @property
+    def formats(self) -> str:
+        """Weights x activations of its linears."""
+        return ABSENT if self.bundle is None else ", ".join(self.bundle.manifest["counts"]["formats"]) or "float"
 
     def document(self) -> dict[str, object]:
         """For JSON."""
@@ -66,13 +76,12 @@ def with_end(row: Row, ended: Ended) -> Row:
     return replace(row, status="built" if ended.passed else "failed", ended=ended)
 
 
-def with_numbers(row: Row, place: Place) -> Row:
-    """The row with what its bundle says, whose files are verified. Raises ContractError for a damaged one."""
+def with_bundle(row: Row, place: Place) -> Row:
+    """The row with its bundle, whose files are verified. Raises ContractError for a damaged one."""
     if row.status not in ("built", "kept"):
         return row
-    bundle = open_any(place.bundle(row.build.name))
-    formats = row.build.recipe.formats
-    return replace(row, numbers=stored_record(bundle).numbers, formats=f"{formats.weight} x {formats.activation}")
+    bundle = load_bundle(place.bundle(row.build.name))
+    return replace(row, bundle=bundle, record=stored_record(bundle))
 
 
 def write_state(rows: Mapping[str, Row], place: Place) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +23,15 @@ from export.errors import ContractError, RecipeError, UserError
 from pipeline import machine
 from pipeline.calibrate import calibrate, origin
 from pipeline.compile_pipeline import is_same
-from pipeline.compiler import BuildRequest, Prepared, compile_prepared, prepare
+from pipeline.compiler import PARTIAL, BuildRequest, Prepared, compile_prepared, prepare
 from pipeline.files import is_bundle, lock, remove, sha256_json
 from pipeline.sweep.jobs import Job
 from pipeline.sweep.plan import Build
 
 logger = logging.getLogger(__name__)
-PARTIAL = ".partial"  # how the name of a work folder ends, see BuildRequest.work_path
+STATE = "sweep.json"
+# All but that; see above.
+WRITTEN = ("bundles", "calibrations", "rejected", "logs", "compare", "table.csv", "table.md", "index.html")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Place:
         return self.folder / "logs" / f"{name}.log"
 
 
-def request(build: Build, place: Place, checkpoint: Path | None = None) -> BuildRequest:
+def request(build: Build, place: Place) -> BuildRequest:
     """Of a build: it goes on with its own interrupted one, and replaces what other settings left there."""
     return BuildRequest(
         build.recipe,
@@ -66,7 +68,6 @@ def request(build: Build, place: Place, checkpoint: Path | None = None) -> Build
         place.bundle(build.name),
         resume=True,
         force=True,
-        checkpoint=checkpoint,
         rejected=place.rejected(build.name),
     )
 
@@ -115,9 +116,17 @@ def remove_fragments(place: Place) -> None:
 
 
 def build_engine(build: Build, place: Place, calibration: str) -> None:
-    """Build a bundle from finished layers. Raises UserError subclasses."""
-    wanted = request(build, place, place.calibrations / calibration if calibration else None)
-    compile_prepared(wanted, prepare(wanted))
+    """Build a bundle from finished layers. Raises UserError subclasses; then none of another recipe stands there."""
+    wanted = request(build, place)
+    prepared = prepare(wanted)
+    if is_same(wanted.output, wanted, prepared):  # a process that was lost had finished it
+        return
+    layers = place.calibrations / calibration if calibration else None
+    try:
+        compile_prepared(replace(wanted, checkpoint=layers), prepared)
+    except UserError:
+        remove(wanted.output)
+        raise
     remove(place.rejected(build.name))  # of an earlier try
 
 

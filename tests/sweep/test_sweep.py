@@ -119,7 +119,8 @@ def test_calibrations_are_shared_between_sweeps(capsys: pytest.CaptureFixture[st
     ("flags", "message"),
     [
         (["--cpus-per-job", "2"], "--cpus-per-job without --ray"),
-        (["--ray", "here", "--gpus-per-job", "-1"], "--gpus-per-job -1; use 0 to 1000"),
+        (["--ray", "here", "--cpus-per-job", "0"], "--cpus-per-job 0; use 1 to 1000"),
+        (["--ray", "here", "--gpus-per-job", "-1"], "--gpus-per-job -1; use 0, a part of one"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(
@@ -127,6 +128,13 @@ def test_flags_that_do_not_go_together_are_refused(
 ) -> None:
     code, text = swept(capsys, TWO, *flags)
     assert code == 2 and message in text
+
+
+def test_a_bundle_of_another_recipe_does_not_outlive_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert swept(capsys, "[options.one]\n")[0] == 0
+    assert swept(capsys, FAILING.replace("fails", "one"), "--resume")[0] == 7
+    assert not Path("out/bundles/fuzzed-one").exists() and Path("out/rejected/fuzzed-one/report").is_dir()
+    assert state()["fuzzed-one"]["numbers"] == {}
 
 
 def test_a_folder_that_is_no_sweep_is_not_touched(capsys: pytest.CaptureFixture[str]) -> None:
