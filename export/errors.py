@@ -47,3 +47,9 @@ class RegressionError(UserError):
     """A bundle is worse than its baseline, by more than is tolerated."""
 
     exit_code = 6
+
+
+class SweepError(UserError):
+    """Some engines of a sweep were not built; the others were, and a table says which."""
+
+    exit_code = 7

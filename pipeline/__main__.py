@@ -15,6 +15,7 @@ from pipeline.signals import leave
 # verb: (module with main(), what it does)
 VERBS = {
     "build": ("pipeline.build", "build a verified engine bundle from a recipe"),
+    "sweep": ("pipeline.sweep.__main__", "build many engines from a table of recipes, and compare them"),
     "calibrate": ("pipeline.calibrate.__main__", "quantize a model into a checkpoint, without building an engine"),
     "export": ("pipeline.export", "write a checkpoint as ONNX, a bundle as a web page or for Triton"),
     "verify": ("pipeline.verify.__main__", "check a bundle again: files, lowering, all parity gates"),

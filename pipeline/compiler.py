@@ -43,6 +43,7 @@ BYTES_PER_PARAMETER = 2.0
 # in onnxruntime they take 8 bytes of memory for each, besides the disk.
 BASELINE_BYTES, MOST_COMPARED = 9.0, 1_000_000_000
 REPORT_PAGE = "report/index.html"
+PARTIAL = ".partial"  # how the name of a work folder ends
 # In the work folder: the page as verification leaves it, and the section that the measurement adds.
 PAGE, MEASURED = "page.html", "measured.html"
 
@@ -73,7 +74,7 @@ class BuildRequest:
 
     @property
     def work_path(self) -> Path:
-        return Path(f"{os.path.abspath(self.output)}.partial")
+        return Path(f"{os.path.abspath(self.output)}{PARTIAL}")
 
     @property
     def rejected_path(self) -> Path:

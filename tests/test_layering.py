@@ -96,6 +96,7 @@ ORDER = (
         "triton_server",
         "web",
     ),
+    ("sweep",),
     ("compile_pipeline",),
     ("compiler",),
     ("bench", "polygraphy", "verify"),

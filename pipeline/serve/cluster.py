@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"  # the cluster that this machine is part of
 # Tries to start a replica before it is said that none starts.
 STARTS = 2
+ONE = Scale()
 
 
 class Replicas:
@@ -73,9 +74,10 @@ class ReplicaStream:
 
 
 @contextmanager
-def joined(address: str | None, scale: Scale) -> Iterator[None]:
+def joined(address: str | None, scale: Scale = ONE) -> Iterator[None]:
     """Within, this process is part of a cluster: at `address`, else of the one that this machine is part of, else of
-    one that is started here and ends with this context. Raises EnvironmentLacksError where that cannot be."""
+    one that is started here, large enough for `scale`, and ends with this context. Raises EnvironmentLacksError where
+    that cannot be."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody; for a cluster that is started here
@@ -138,7 +140,7 @@ def replicas(
         try:
             handle = serve.run(application, name=name, route_prefix=None)
         except RuntimeError as error:
-            raise EnvironmentLacksError(f"the replicas do not start: {_last_line(error)}") from error
+            raise EnvironmentLacksError(f"the replicas do not start: {last_line(error)}") from error
         yield Replicas(handle)
     finally:
         serve.delete(name)
@@ -146,7 +148,7 @@ def replicas(
             serve.shutdown()
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     """Of a message with the trace of another process in it: what that process said."""
     lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

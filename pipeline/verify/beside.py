@@ -146,11 +146,11 @@ def drawn_from_equal_noise(a: Bundle, b: Bundle) -> bool:
 
 def drawn(a: Bundle, b: Bundle) -> list[Drawn]:
     """The pictures of both reports, by column (float, reference, a target) and row; none of a model without any."""
-    ours, theirs = _pictures(a), _pictures(b)
+    ours, theirs = report_pictures(a), report_pictures(b)
     return [_drawn(*place, ours.get(place), theirs.get(place)) for place in {**ours, **theirs}]
 
 
-def _pictures(bundle: Bundle) -> dict[tuple[str, int], bytes]:
+def report_pictures(bundle: Bundle) -> dict[tuple[str, int], bytes]:
     """The PNG files of a report, in the order of rows, by column and row."""
     with bundle.copied(IMAGE.fullmatch) as private:
         found = {}

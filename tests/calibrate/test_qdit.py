@@ -333,7 +333,7 @@ def test_a_longer_search_in_more_processes_takes_the_scores_of_a_shorter_one(mod
 
 
 def test_the_number_of_processes_alone_does_not_start_a_calibration_anew(model):
-    origins = [package._origin(model, quick(*more)) for more in ((), ("workers=2",), ("generations=3",))]
+    origins = [package.origin(model, quick(*more)) for more in ((), ("workers=2",), ("generations=3",))]
     assert origins[0] == origins[1] != origins[2]
 
 

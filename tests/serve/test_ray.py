@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,60 +18,14 @@ import pytest
 
 from pipeline.distance import psnr_db
 from pipeline.text_to_image import Pipeline
-from tests.serve.test_server import KEY, ROOT, WAITED_S, bundle, started  # noqa: F401
-from tests.support.environments import python_with, without_xdist
+from tests.serve.test_server import bundle, started  # noqa: F401
+from tests.support.ray_started import cluster, python, until  # noqa: F401
 from tests.support.serving import pixels, pixels_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
-REQUIREMENT = "ray[serve]>=2.50"
 CLIENTS, PICTURES, STEPS = 4, 5, 30
-# Ray gives a node half a minute to start, which on a machine that does much beside is not enough.
-TRIES = 4
 COMPARED = 20  # requests at most, of all that were answered
 REPLICA = "ray::ServeReplica"
-
-
-@pytest.fixture(scope="module")
-def python() -> str:
-    try:
-        return str(python_with("ray", REQUIREMENT))
-    except LookupError as error:
-        pytest.skip(str(error))
-
-
-@contextlib.contextmanager
-def cluster(python: str) -> Iterator[tuple[str, psutil.Process]]:
-    """Its address, and the process that all of its own descend from."""
-    for _ in range(TRIES):
-        process = start_cluster(python)
-        parent = psutil.Process(process.pid)
-        try:
-            assert process.stdout is not None
-            if address := process.stdout.readline().strip():
-                yield address, parent
-                return
-        finally:
-            end(process, parent)
-    pytest.fail(f"the cluster did not start in {TRIES} tries")
-
-
-def start_cluster(python: str) -> subprocess.Popen[str]:
-    command, pipe = [python, "-m", "tests.support.ray_cluster"], subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=without_xdist(), stdin=pipe, stdout=pipe, text=True)
-
-
-def end(process: subprocess.Popen[str], parent: psutil.Process) -> None:
-    """The cluster, and what is left of it."""
-    own = parent.children(recursive=True) if process.poll() is None else []
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        process.wait(120)
-    finally:
-        process.kill()
-        for left in own:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
 
 
 def replicas(parent: psutil.Process) -> list[psutil.Process]:
@@ -84,13 +36,6 @@ def replicas(parent: psutil.Process) -> list[psutil.Process]:
             if " ".join(process.cmdline()).startswith(REPLICA):
                 found.append(process)
     return found
-
-
-def until(true: Any) -> None:
-    end = time.monotonic() + WAITED_S
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def test_replicas_come_by_load_and_one_that_is_killed_loses_nothing(bundle: Path, python: str) -> None:  # noqa: F811

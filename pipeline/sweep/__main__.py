@@ -1,0 +1,213 @@
+"""`python -m pipeline.sweep`: recipes x models x methods x options, from a TOML file, as bundles, tables and a page."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from export.errors import EnvironmentLacksError, RecipeError, ResourceError, SweepError, UserError
+from pipeline import machine
+from pipeline.bundle.stages import SAVED
+from pipeline.command import Answer, Parser, Table, parser, run
+from pipeline.files import lock, refuse_unwritable, remove
+from pipeline.progress import track
+from pipeline.signals import leave
+from pipeline.sweep import results
+from pipeline.sweep.jobs import Runner, in_turn
+from pipeline.sweep.plan import Build, read_sweep
+from pipeline.sweep.work import STATE, WRITTEN, Checked, Place, check_jobs, remove_fragments, work_jobs
+
+logger = logging.getLogger(__name__)
+DESCRIPTION = "Build every combination of a TOML file's recipes, models, methods and options, and compare the bundles."
+# How many failed jobs a message names.
+NAMED = 5
+MOST_UNITS = 1000  # processors or GPUs of a job
+
+
+def make_parser() -> Parser:
+    """All flags of `sweep`."""
+    flags = parser("sweep", DESCRIPTION)
+    flags.add_argument("sweep", type=Path, metavar="SWEEP.toml", help="what to build, see docs/calibration.md")
+    flags.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="where to write (default: sweeps/NAME)")
+    flags.add_argument(
+        "--calibrations", type=Path, metavar="DIR", help="layers that sweeps share (default: calibrations/ in theirs)"
+    )
+    text = "do the jobs on the Ray cluster at HOST:PORT, or auto for the one that this machine is part of"
+    flags.add_argument("--ray", metavar="ADDRESS", help=text)
+    text = "with --ray: processors that each takes (default: all of the smallest machine, to measure undisturbed)"
+    flags.add_argument("--cpus-per-job", type=int, metavar="N", help=text)
+    flags.add_argument(
+        "--gpus-per-job", type=float, metavar="X", help="with --ray: that each takes, 0.5 for a half (default: 0)"
+    )
+    text = "go on with a sweep: what is built stays, what failed or was interrupted is done again"
+    flags.add_argument("--resume", action="store_true", help=text)
+    flags.add_argument("--force", action="store_true", help="replace all of an existing sweep")
+    flags.add_argument("--dry-run", action="store_true", help="check every job, say what would be done, write nothing")
+    return flags
+
+
+def work(args: argparse.Namespace, answer: Answer) -> int:
+    """Check every job, do them, and say how each ended."""
+    machine.require_compiler("building engines")
+    folder = args.output_dir or Path("sweeps") / args.sweep.stem
+    place = Place(folder.absolute(), (args.calibrations or folder / "calibrations").absolute())
+    _refuse_occupied(place.folder, args.resume, args.force)
+    builds = read_sweep(args.sweep)
+    if args.resume and not args.dry_run:
+        remove_fragments(place)
+    with _runner(args) as runner:
+        checked = _checked(builds, place, runner, args.force)
+        if args.dry_run:
+            return _dry_run(builds, checked, place, answer)
+        with _kept_for_resume(place.folder, args.force):
+            rows = _done(builds, checked, place, runner, answer)
+            rows = {name: results.with_bundle(row, place) for name, row in rows.items()}
+            _write(rows, place)
+    failed = results.failures(rows.values())
+    documents = [row.document() for row in rows.values()]
+    answer.document({"event": "sweep", "path": str(place.folder), "builds": documents}, results.summary(rows.values()))
+    if failed:
+        named = [f"{row.build.name}: {row.ended.reason}" for row in failed if row.ended]
+        raise SweepError(f"{len(failed)} of the {len(rows)} engines in {place.folder} failed: {_listed(named)}")
+    answer.event(event="result", passed=True, exit_code=0, path=str(place.folder))
+    answer.line(f"PASSED {place.folder}")
+    return 0
+
+
+def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
+    """Refuse to touch what another sweep left, unless told to, or what is no sweep at all."""
+    refuse_unwritable(folder, True, "--output-dir")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    names = {path.name.removesuffix(".part") for path in folder.iterdir()}
+    copied = resume and not force and names <= {STATE, *WRITTEN}  # in part, without the file that tells
+    if not (folder / STATE).is_file() and not copied:
+        raise RecipeError(f"{folder} is not a sweep and is not touched; choose another --output-dir")
+    if not (resume or force):
+        remedy = "add --resume to go on with it, or --force to start again"
+        raise RecipeError(f"{folder} holds a sweep; {remedy}, or choose another --output-dir")
+
+
+@contextmanager
+def _runner(args: argparse.Namespace) -> Iterator[Runner]:
+    """What does the jobs. Raises RecipeError for flags that do not go together."""
+    if args.ray is None:
+        if given := [name for name in ("cpus_per_job", "gpus_per_job") if getattr(args, name) is not None]:
+            raise RecipeError(f"--{given[0].replace('_', '-')} without --ray; this process does one job at a time")
+        yield in_turn
+        return
+    gpus = args.gpus_per_job or 0.0
+    if args.cpus_per_job is not None and not 1 <= args.cpus_per_job <= MOST_UNITS:
+        raise RecipeError(f"--cpus-per-job {args.cpus_per_job}; use 1 to {MOST_UNITS}")
+    if not (0 <= gpus <= MOST_UNITS and (gpus <= 1 or gpus.is_integer())):
+        raise RecipeError(f"--gpus-per-job {gpus:g}; use 0, a part of one as 0.5, or a whole number")
+    machine.require(("ray",), "a sweep with --ray", "ray")
+    from pipeline.serve.cluster import joined
+    from pipeline.sweep.ray_jobs import Cluster, whole_machines
+
+    with joined(args.ray):
+        yield Cluster(whole_machines(args.cpus_per_job, gpus))
+
+
+def _checked(builds: list[Build], place: Place, runner: Runner, anew: bool) -> dict[str, Checked]:
+    """What is known of each build by its name. Raises UserError with all that cannot be built, before any is begun.
+
+    anew: whether what is there is to be replaced.
+    """
+    jobs = check_jobs(builds, place)
+    ended = list(track(runner(jobs), len(jobs), "check"))
+    refused = [row for row in ended if not row.passed]
+    if refused:
+        kinds: dict[int, type[UserError]] = {kind.exit_code: kind for kind in (EnvironmentLacksError, ResourceError)}
+        codes = {row.exit_code for row in refused}
+        kind = kinds.get(codes.pop(), RecipeError) if len(codes) == 1 else RecipeError
+        named = _listed([f"{row.name}: {row.reason}" for row in refused])
+        raise kind(f"{len(refused)} of {len(builds)} engines cannot be built, so nothing was begun: {named}")
+    return {row.name: replace(row.result, done=row.result.done and not anew) for row in ended}
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    more = f"; and {len(sentences) - NAMED} more" if len(sentences) > NAMED else ""
+    return f"{'; '.join(sentences[:NAMED])}{more}"
+
+
+def _dry_run(builds: list[Build], checked: dict[str, Checked], place: Place, answer: Answer) -> int:
+    """Say what would be done."""
+    shared = Counter(row.calibration for row in checked.values())
+    rows = [
+        (
+            build.name,
+            build.recipe.model,
+            ", ".join(build.targets),
+            "kept" if checked[build.name].done else "to build",
+            checked[build.name].calibration[:12] or "none",
+            shared[checked[build.name].calibration],
+        )
+        for build in builds
+    ]
+    header = ("", "model", "targets", "status", "calibration", "shared by")
+    documents = [dict(zip(("name", *header[1:]), row, strict=True)) for row in rows]
+    jobs = work_jobs(builds, checked, place)
+    todo = sum(not row.done for row in checked.values())
+    text = f"{todo} engines to build, {len(jobs) - todo} calibrations; nothing was written"
+    answer.document({"event": "plan", "builds": documents}, Table(header, rows), text)
+    return 0
+
+
+@contextmanager
+def _kept_for_resume(folder: Path, force: bool) -> Iterator[None]:
+    """Within, the folder is this sweep's. Adds to an interruption that finished jobs are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(folder, "sweep")
+    try:
+        for name in WRITTEN if force else ():
+            remove(folder / name)
+        yield
+    except BaseException as error:
+        if not isinstance(error, UserError):
+            error.__notes__ = [f"{SAVED}{folder}; run the same command again with --resume"]
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _done(
+    builds: list[Build], checked: dict[str, Checked], place: Place, runner: Runner, answer: Answer
+) -> dict[str, results.Row]:
+    """Do the jobs; sweep.json tells of each as it ends."""
+    rows = results.first_rows(builds, checked)
+    results.write_state(rows, place)
+    jobs = work_jobs(builds, checked, place)
+    for ended in track(runner(jobs), len(jobs), "sweep"):
+        logger.info("%s: %s", ended.name, f"{ended.seconds:.0f} s" if ended.passed else "failed")
+        answer.event(event="job", name=ended.name, exit_code=ended.exit_code, reason=ended.reason, tries=ended.tries)
+        if ended.name in rows:  # the others are calibrations
+            rows[ended.name] = results.with_end(rows[ended.name], ended)
+            results.write_state(rows, place)
+    return rows
+
+
+def _write(rows: dict[str, results.Row], place: Place) -> None:
+    from pipeline.sweep.page import write_page
+
+    results.write_state(rows, place)
+    results.write_tables(rows, place)
+    remove(place.folder / "compare")
+    with suppress(OSError):  # what is in it failed
+        (place.folder / "rejected").rmdir()
+    write_page(rows, place)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(make_parser(), work, argv, verdict=True)
+
+
+if __name__ == "__main__":
+    leave(main)
