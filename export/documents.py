@@ -260,8 +260,9 @@ def _validated(text: str, source: str, schema: type[T], rules: Rules) -> T:
 
 
 def validated(document: object, source: str, schema: type[T], rules: Rules = Rules()) -> T:
-    """A document that was parsed already, as `schema` describes it. Raises `rules.error` naming `source`."""
-    return _validated(json.dumps(document), source, schema, rules)
+    """A document that was parsed already, as `schema` describes it; dates of TOML count as texts. Raises `rules.error`
+    naming `source`."""
+    return _validated(json.dumps(document, default=str), source, schema, rules)
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -143,9 +143,9 @@ class Answer:
             stream.reconfigure(errors="backslashreplace")
 
     def line(self, text: str) -> None:
-        """One line for people; nothing with --json."""
+        """One line for people, whatever names from outside have in them; nothing with --json."""
         if not self.as_json:
-            self._write(text)
+            self._write(" ".join(text.splitlines()))
 
     def event(self, **fields: object) -> None:
         """One JSON line; nothing without --json."""

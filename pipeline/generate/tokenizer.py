@@ -135,5 +135,8 @@ def _read(path: Path) -> Tokenizer:
     data = read_bytes(path, Rules(ContractError, REMEDY), MOST_BYTES)
     try:
         return Tokenizer.from_buffer(data)
-    except ValueError as error:
+    except BaseException as error:
+        # What the library's Rust does not expect ends in a PanicException, which is no Exception.
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
         raise ContractError(f"{path} is not a tokenizer ({' '.join(str(error).split())[:200]}); {REMEDY}") from error

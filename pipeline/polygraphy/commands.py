@@ -239,9 +239,10 @@ def script(target: Target, commands: Sequence[Command]) -> str:
         f"# sh {target.name}.sh [BUNDLE]: target {target.name} against the float64 reference.",
         "set -eu",
         f"bundle=${{1:-{shlex.quote(str(target.bundle.path.resolve()))}}}",
-        'bundle=$(cd "$bundle" && pwd)',
+        "unset CDPATH",  # or cd may lead elsewhere, and says where
+        'bundle=$(cd -- "$bundle" && pwd)',
         "polygraphy=${POLYGRAPHY:-polygraphy}",
-        'cd "$(dirname "$0")"',
+        'cd -- "$(dirname -- "$0")"',
     ]
     for needs in ("", *NEEDS):
         of_kind = [command for command in commands if command.needs == needs]

@@ -22,6 +22,7 @@ from export.onnx_files import read_graph
 from pipeline.backends import BACKENDS, PORTABLE
 from pipeline.backends.base import Arithmetic, Arrays, LoweredGraph
 from pipeline.bundle.bundle import Bundle
+from pipeline.files import remove
 from pipeline.generate.case import is_large
 from pipeline.polygraphy import commands
 from pipeline.polygraphy.commands import Feed, Target, commands_of, script
@@ -65,17 +66,38 @@ def write_folder(
     lowered: Mapping[str, LoweredGraph],
     threads: int,
 ) -> None:
-    """Write all files, over those that stand there.
+    """Write all files into a folder that is new or empty; where that ends early, none is left.
 
     bundle: where its user has it; copy: a private copy of the same. layers: none of an autoencoder. lowered: its
     graphs by target. threads: of a lowered graph's calls.
     """
+    part = folder.with_name(f"{folder.name}.part")
+    remove(part)
+    part.mkdir(parents=True)
+    try:
+        _write(part, bundle, copy, model, layers, lowered, threads)
+        if folder.is_dir():
+            folder.rmdir()
+        part.rename(folder)
+    finally:
+        remove(part)
+
+
+def _write(
+    folder: Path,
+    bundle: Bundle,
+    copy: Bundle,
+    model: LoadedModel,
+    layers: Sequence[QuantizedLinear],
+    lowered: Mapping[str, LoweredGraph],
+    threads: int,
+) -> None:
+    """All files, into a folder that is there."""
     recipe = copy.recipe
     # Scripts are for machines that run the engine, this one or another.
     engines: dict[str, Arithmetic] = {target: BACKENDS[target].arithmetic(recipe, runs_here=True) for target in lowered}
     graphs: dict[str, Arithmetic] = {target: ARITHMETICS[engines[target]].of_graph for target in lowered}
     calls = reference_calls(model, layers, recipe, {*engines.values(), *graphs.values()})
-    folder.mkdir(parents=True, exist_ok=True)
     _save_calls(calls.inputs, folder / commands.INPUTS)
     _save_results(calls.outputs, folder / commands.EXPECTED)
     rows = layer_table(layers, lowered, graphs, calls, threads) if layers else []

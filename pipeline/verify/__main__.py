@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.toml"
 
+# Flags that name a file of results.
+RESULTS = ("junit", "summary", "write_baseline")
+
 
 def make_parser() -> Parser:
     """All flags of `verify`."""
@@ -309,9 +312,27 @@ def refuse_unwritable_results(args: argparse.Namespace) -> None:
             )
         refuse_unwritable(args.polygraphy, True, "--polygraphy")
         refuse_in_bundle([args.polygraphy], args.polygraphy, "--polygraphy")
-    for flag in ("junit", "summary", "write_baseline"):
+        if args.polygraphy.is_dir() and any(args.polygraphy.iterdir()):
+            raise RecipeError(f"{args.polygraphy} is not empty; name a folder for --polygraphy that is new or empty")
+    for flag in RESULTS:
         if path := getattr(args, flag):
-            refuse_unwritable(path, False, f"--{flag.replace('_', '-')}")
+            refuse_unwritable(path, False, _spelled(flag))
+            refuse_shared(args, flag)
+
+
+def refuse_shared(args: argparse.Namespace, result: str) -> None:
+    """Refuse a file of results that another flag names, too: one of both would be lost. A baseline may be renewed."""
+    path = getattr(args, result)
+    for flag in (*RESULTS, "baseline", "tolerances", "bench"):
+        other = getattr(args, flag)
+        if other is None or flag == result or (result, flag) == ("write_baseline", "baseline"):
+            continue
+        if Path(other).resolve() == path.resolve() or (path.exists() and Path(other).exists() and path.samefile(other)):
+            raise RecipeError(f"{_spelled(result)} and {_spelled(flag)} are one file, {path}; give each its own")
+
+
+def _spelled(flag: str) -> str:
+    return f"--{flag.replace('_', '-')}"
 
 
 def tell(found: Found, answer: Answer) -> None:
@@ -327,7 +348,7 @@ def tell(found: Found, answer: Answer) -> None:
     if found.comparison is None:
         return
     for note in found.comparison.notes:
-        logger.warning("%s", note)
+        logger.warning("%s", " ".join(note.split()))
     for compared in found.comparison.rows:
         answer.event(event="baseline", **compared.document())
         if compared.verdict in ("better", "worse"):

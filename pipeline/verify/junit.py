@@ -30,6 +30,8 @@ def write_junit(
     for gate in gates:
         suite, _, name = gate.name.rpartition("/")
         suites.setdefault(suite, []).append(_gate_case(f"{engine}.{suite}".rstrip("."), name, gate))
+    if not suites:
+        suites[""] = [_case(engine, "verify", "error", "no parity gate was run", "ParityError")]
     if comparison is not None:
         suites[BASELINE] = [_compared_case(f"{engine}.{BASELINE}", row) for row in comparison.rows]
     _write(path, engine, suites, seconds)

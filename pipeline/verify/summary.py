@@ -11,6 +11,8 @@ from pipeline.verify.baseline import Compared, Comparison
 from pipeline.verify.report import Gate, Report, number
 
 # GitHub shows nothing of a step's summary that is longer than 1 MiB; so many rows of a table stay far below.
+# What Markdown and GitHub read as more than a letter.
+MARKS = frozenset("|<`[]@\\")
 MOST_ROWS = 500
 GATE_HEAD = ("", "gate", "value", "limit", "why this limit")
 BASELINE_HEAD = ("", "number", "baseline", "now", "worse by", "tolerated")
@@ -62,7 +64,7 @@ def _beside(comparison: Comparison | None) -> str:
 def _gate_row(gate: Gate) -> Sequence[str]:
     side = "&le;" if gate.at_most else "&ge;"
     value = f"{number(gate.value)} {gate.unit}".rstrip()
-    return "ok" if gate.passed else "**FAILED**", f"`{gate.name}`", value, f"{side} {number(gate.limit)}", gate.why
+    return "ok" if gate.passed else "**FAILED**", gate.name, value, f"{side} {number(gate.limit)}", gate.why
 
 
 def _compared_row(row: Compared) -> Sequence[str]:
@@ -70,7 +72,7 @@ def _compared_row(row: Compared) -> Sequence[str]:
         "-" if side is None else f"{number(side.value)} {side.unit}".rstrip() for side in (row.baseline, row.value)
     )
     verdict = "**worse**" if row.verdict == "worse" else row.verdict
-    return verdict, f"`{row.name}`", before, now, number(row.worse_by), number(row.allowed)
+    return verdict, row.name, before, now, number(row.worse_by), number(row.allowed)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -81,5 +83,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """On one line, and without what would end a cell or begin an element of HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """On one line, and as plain text: nothing ends a cell, begins HTML, a link or code, or calls anybody."""
+    return "".join(f"&#{ord(letter)};" if letter in MARKS else letter for letter in " ".join(text.split()))

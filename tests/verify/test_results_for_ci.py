@@ -61,6 +61,12 @@ print(json.dumps([xml.tests, xml.failures, len(cases), sum(bool(case.result) for
 
 
 @pytest.mark.slow
+def test_no_gate_is_an_error(tmp_path: Path) -> None:
+    write_junit(tmp_path / "out.xml", "pixart", [])
+    [error] = ElementTree.parse(tmp_path / "out.xml").iter("error")
+    assert error.attrib["message"] == "no parity gate was run"
+
+
 def test_a_reader_of_junit_reads_it(tmp_path: Path) -> None:
     try:
         python = python_with("junitparser", "junitparser>=4,<5")
@@ -84,12 +90,17 @@ def test_a_summary_says_first_what_is_wrong() -> None:
     failed = next(i for i, line in enumerate(lines) if "**FAILED**" in line)
     worse = next(i for i, line in enumerate(lines) if "**worse**" in line)
     assert failed < worse < lines.index("<details><summary>All gates</summary>")
-    assert "&lt;layer>" in lines[failed] and "| 3 values | &le; 0 |" in lines[failed]
-    assert "| **worse** | `bytes/cpu` | 1000 bytes | 2000 bytes | 1000 | 10 |" in lines
-    assert "| better | `speed/cpu/onnxruntime_fp32` | 10 x | 20 x | -10 | 3 |" in lines
+    assert "&#60;layer>" in lines[failed] and "| 3 values | &le; 0 |" in lines[failed]
+    assert "| **worse** | bytes/cpu | 1000 bytes | 2000 bytes | 1000 | 10 |" in lines
+    assert "| better | speed/cpu/onnxruntime_fp32 | 10 x | 20 x | -10 | 3 |" in lines
     assert r"> quick \| verification" in lines
     rows = [line for line in lines if line.startswith("|")]
     assert {line.replace(r"\|", "").count("|") for line in rows} == {6, 7}
+
+
+def test_names_from_outside_are_plain_text() -> None:
+    text = failure_summary("a` ![t](http://x) <b> @who | \\", ContractError("one\n::error::two"))
+    assert not set("`[]<@|\\") & set(text) and "one ::error::two" in text
 
 
 def test_the_verdict_of_a_summary() -> None:

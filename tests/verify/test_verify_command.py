@@ -175,3 +175,34 @@ def test_what_cannot_be_written_is_refused_before_work(
     assert code == 2 and f"choose another {flag}" in log
     code, _, log = run(capsys, bundle, "--baseline", bundle / "none")
     assert code == 2 and "none is missing" in log
+
+
+@pytest.mark.parametrize("flag", ["--junit", "--summary", "--tolerances", "--bench", "--baseline"])
+def test_one_file_for_two_flags_is_refused(
+    flag: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "verify_bundle", lambda *_: pytest.fail("work has started"))
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_text("kept")
+    link.symlink_to(path)
+    needed = ["--baseline", bundle] if flag == "--tolerances" else []
+    result = "--summary" if flag in ("--junit", "--baseline") else "--write-baseline"
+    code, _, log = run(capsys, bundle, flag, path, result, link, *needed)
+    assert code == 2 and "are one file" in log and path.read_text() == "kept"
+
+
+def test_a_baseline_may_be_renewed(
+    bundle: Path, gates: list[Gate], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "b.json"
+    assert run(capsys, bundle, "--write-baseline", path)[0] == 0
+    assert run(capsys, bundle, "--baseline", path, "--write-baseline", path)[0] == 0
+
+
+def test_a_date_among_tolerances_is_refused(
+    bundle: Path, gates: list[Gate], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text('schema_version = 1\n[[tolerance]]\nof = "*"\nwhy = "w"\nabsolute = 1979-01-01\n')
+    code, _, log = run(capsys, bundle, "--baseline", bundle, "--tolerances", path)
+    assert code == 2 and "absolute is '1979-01-01'" in log
