@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,3 +53,11 @@ def result(lowered: LoweredGraph, out_dir: Path, names: Sequence[str], metadata:
     lowering_file.write(lowered, out_dir / lowering_file.NAME)
     files = tuple(f"{out_dir.name}/{name}" for name in (*names, metadata_file.NAME, lowering_file.NAME))
     return BuildResult(files, lowered, metadata)
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)

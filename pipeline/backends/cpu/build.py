@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from pipeline.backends.cpu.fold_weights import FoldWeights
 from pipeline.backends.cpu.half_gemm import HalfGemms
 from pipeline.backends.cpu.lower import LowerCpu
 from pipeline.backends.cpu.token_chain import drop_unread_outputs
-from pipeline.backends.graph_files import packed_model, result, save_lowered
+from pipeline.backends.graph_files import link_or_copy, packed_model, result, save_lowered
 from pipeline.passes.split_condition import split_condition, split_timestep
 from plugins.cpu import library
 
@@ -81,11 +79,3 @@ def fuse_chains(model: ir.Model, lowering: LowerCpu) -> bool:
     if not own_ops:
         logger.info("cpu.path fused has nothing to fuse in this model: its ops are onnxruntime's own")
     return own_ops
-
-
-def link_or_copy(source: Path, destination: Path) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copyfile(source, destination)

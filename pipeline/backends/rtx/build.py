@@ -11,7 +11,7 @@ from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused.lower import recipe_problems, scaling_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
-from pipeline.backends.rtx.gemms import matmul_names
+from pipeline.backends.qdq.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine
