@@ -22,7 +22,7 @@ from pipeline.backends.base import (
     Manifest,
     Options,
 )
-from pipeline.backends.tensorrt.engine import ENGINE, RTX
+from pipeline.backends.tensorrt.engine import CONTEXT_MODEL, ENGINE, RTX, EpContext
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -35,6 +35,9 @@ class RtxOptions(Options):
     attention: "fp16" runs attention, and large unquantized linears, on FP16 operands; "fp32" nothing. path: "tensorrt"
     expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
     stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike.
+
+    ep_context: an ONNX file, too, by which onnxruntime's NvTensorRTRTX execution provider runs the engine, which lies
+    "beside" it or is "embedded" in it.
     """
 
     target: ClassVar[str] = "rtx"
@@ -44,6 +47,7 @@ class RtxOptions(Options):
     attention: Literal["fp16", "fp32"] = "fp16"
     path: Literal["tensorrt", "plugin"] = "tensorrt"
     operands: Literal["auto", "fp8", "int8"] = "auto"
+    ep_context: EpContext = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,12 +75,14 @@ class RtxBackend(Backend[RtxOptions]):
     package = RTX
     needs_gpu = True
     speed_rank = 3
-    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({ENGINE, CONTEXT_MODEL, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 2.5  # the lowered graph and the engine
     flags = (Flag("--target-sm", "sm", integers, "89,120", "GPUs that the rtx engine is built for"),)
 
     def checks(self) -> list[Check]:
-        return [self._package_check(), self._plugins_check()]
+        from pipeline.backends.tensorrt import ep_context
+
+        return [self._package_check(), self._plugins_check(), ep_context.check(self.package)]
 
     def _package_check(self) -> Check:
         """tensorrt_rtx and the GPUs that its builder takes (no GPU is needed to build)."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENGINE = "model.engine"
+# An ONNX file by which onnxruntime runs that engine, where the recipe asks for one.
+CONTEXT_MODEL = "model_ctx.onnx"
+# It has the name of the engine's file, which lies beside it, or all of the engine's bytes.
+EpContext = Literal["none", "beside", "embedded"]
 # The modules of both products; what the first builds is for GPUs which need not be here.
 RTX, TRT = "tensorrt_rtx", "tensorrt"
 

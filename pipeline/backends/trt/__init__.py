@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pipeline import machine
 from pipeline.backends import lowering_file, metadata_file
 from pipeline.backends.base import Arithmetic, Backend, BuildResult, Check, Engine, LoweredGraph, Manifest, Options
-from pipeline.backends.tensorrt.engine import ENGINE, TRT
+from pipeline.backends.tensorrt.engine import CONTEXT_MODEL, ENGINE, TRT, EpContext
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrtOptions(Options):
-    """attention: as that of `rtx`. operands: as that of `cuda`."""
+    """attention: as that of `rtx`. operands: as that of `cuda`. ep_context: as that of `rtx`, for onnxruntime's provider
+    of TensorRT."""
 
     target: ClassVar[str] = "trt"
     attention: Literal["fp16", "fp32"] = "fp16"
     operands: Literal["auto", "fp8", "int8"] = "auto"
+    ep_context: EpContext = "none"
 
 
 class TrtBackend(Backend[TrtOptions]):
@@ -36,7 +38,7 @@ class TrtBackend(Backend[TrtOptions]):
     package = TRT
     needs_gpu = True
     speed_rank = 1
-    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME})
+    file_names = frozenset({ENGINE, CONTEXT_MODEL, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
 
     def in_auto(self) -> bool:
@@ -45,6 +47,7 @@ class TrtBackend(Backend[TrtOptions]):
 
     def checks(self) -> list[Check]:
         """What it lacks here, and our plugins: those in TensorRT's registry, else those it would register."""
+        from pipeline.backends.tensorrt import ep_context
         from pipeline.backends.trt import engine
         from plugins.tensorrt.aot import plugin_name
         from plugins.tensorrt.payload import NAMESPACE, VERSION
@@ -61,7 +64,7 @@ class TrtBackend(Backend[TrtOptions]):
         listed = f"{where} in namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}"
         state = f"{machine.tool_version(self.package) or 'not installed'}; {listed}; not run"
         remedy = f"only needed for the target trt; {'; '.join(problems)}"
-        return [Check(self.package, not problems, state, False, remedy)]
+        return [Check(self.package, not problems, state, False, remedy), ep_context.check(self.package)]
 
     def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.trt.engine import TrtNeeds, machine_problem
@@ -86,7 +89,7 @@ class TrtBackend(Backend[TrtOptions]):
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.trt import build
 
-        return build.build(lowered, out_dir, machine.cuda_sm(), recipe.sampling.batch_size)
+        return build.build(lowered, out_dir, self.options(recipe), machine.cuda_sm(), recipe.sampling.batch_size)
 
     def load(self, bundle_dir: Path, threads: int = 0) -> Engine:
         from pipeline.backends.trt.engine import TrtEngine
