@@ -19,10 +19,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from export.cache_folder import cache_folder
+from tests.support.environments import WAITED_S, without_xdist
 
 SOURCE = Path(__file__).with_name("cuda_stand_in.c")
 ROOT = SOURCE.parents[2]
-WAITED_S = 900
 # A library that needs no function of it, one of the driver, and what it is asked for.
 LEAST: dict[str, tuple[str, ...]] = {"libcurand.so.10": (), "libcuda.so.1": ("cuTensorMapEncodeTiled", "cuInit")}
 
@@ -70,16 +70,26 @@ def make_stand_ins(folder: Path) -> None:
 
 def placements(folder: Path, graphs: Sequence[Path]) -> list[dict[str, str] | str]:
     """For each graph: execution provider by node name; or onnxruntime's refusal in words."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"LD_LIBRARY_PATH": str(folder / "stand-in"), "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "tests.support.cuda_provider"]
-    asked = json.dumps([str(path) for path in graphs])
-    done = subprocess.run(
-        command, input=asked, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=WAITED_S, check=False
-    )
+    done = python(folder, "-m", "tests.support.cuda_provider", asked=json.dumps([str(path) for path in graphs]))
     assert done.returncode == 0, done.stderr[-2000:]
     answer: list[dict[str, str] | str] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def python(folder: Path, *words: str, asked: str = "", cuda: bool = True) -> subprocess.CompletedProcess[str]:
+    """A Python that has this onnxruntime-gpu; cuda: with the libraries that stand in for CUDA's, or without any."""
+    environment = without_xdist() | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    environment |= {"LD_LIBRARY_PATH": str(folder / "stand-in")} if cuda else {}
+    return subprocess.run(
+        [sys.executable, *words],
+        input=asked,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=WAITED_S,
+        check=False,
+    )
 
 
 def placed(path: str) -> dict[str, str] | str:

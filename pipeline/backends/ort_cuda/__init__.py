@@ -59,7 +59,8 @@ class OrtCudaBackend(Backend[OrtCudaOptions]):
         problem = machine_problem(providers, machine.cuda_sm())
         packages = ", ".join(f"{name} {version}" for name, version in stock_runtime.packages().items())
         found = f"{packages or 'not installed'}; providers: {', '.join(providers) or 'none'}; built, not run"
-        return [Check("ort_cuda", problem is None, found, False, f"only needed to run the target ort_cuda; {problem}")]
+        remedy = f"only needed to run the target ort_cuda; {problem or 'all is here'}"
+        return [Check("ort_cuda", problem is None, found, False, remedy)]
 
     def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.ort_cuda.engine import machine_problem

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrtOptions(Options):
-    """attention: as that of `rtx`. operands: as that of `cuda`. ep_context: as that of `rtx`, for onnxruntime's provider
-    of TensorRT."""
+    """attention: as that of `rtx`. operands: as that of `cuda`. ep_context: as that of `rtx`, for TensorRT's execution
+    provider."""
 
     target: ClassVar[str] = "trt"
     attention: Literal["fp16", "fp32"] = "fp16"

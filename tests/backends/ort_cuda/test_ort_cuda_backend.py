@@ -7,6 +7,7 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 
@@ -16,8 +17,10 @@ from pipeline import doctor, load, machine
 from pipeline.backends import BACKENDS, stock_runtime
 from pipeline.backends.ort_cuda import engine
 from pipeline.backends.ort_cuda.engine import CUDA_PROVIDER, machine_problem
+from pipeline.backends.ort_cuda.kernels import ONNXRUNTIME
 from pipeline.backends.sessions import CPU_PROVIDER
-from tests.support import tiny
+from tests.support import cuda_provider, tiny
+from tests.support.quick_build import measure_little
 
 GPU = (CUDA_PROVIDER, CPU_PROVIDER)
 BACKEND = BACKENDS["ort_cuda"]
@@ -29,7 +32,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ort_cuda")
     settings = [*("--set", "method=rtn"), *("--set", "sampling.n_steps=2"), *("--set", "weights.group_size=32")]
     flags = ["--target", "ort_cuda", "-o", str(folder / "bundle"), *settings]
-    assert cli.main(["build", "--engine", "dit_w4a8", "-m", str(tiny.folder("dit", folder)), *flags]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        measure_little(patch.setattr)
+        assert cli.main(["build", "--engine", "dit_w4a8", "-m", str(tiny.folder("dit", folder)), *flags]) == 0
     return folder / "bundle"
 
 
@@ -67,6 +72,50 @@ def test_onnxruntime_without_its_libraries_is_no_engine_on_the_cpu(
     with pytest.raises(EnvironmentLacksError, match="does not load its CUDA execution provider here"):
         BACKEND.load(bundle)
     assert asked["providers"] == ((CUDA_PROVIDER, {"use_tf32": "0"}), CPU_PROVIDER)
+
+
+@pytest.fixture(scope="module")
+def onnxruntime_gpu() -> Path:
+    """A folder with onnxruntime-gpu, of the release that the table of kernels is of."""
+    try:
+        return cuda_provider.installed(ONNXRUNTIME)
+    except LookupError as error:
+        pytest.skip(f"onnxruntime-gpu: {error}")
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_the_cuda_provider_takes_the_graph_but_for_shapes(bundle: Path, onnxruntime_gpu: Path) -> None:
+    path = bundle / "ort_cuda/model.onnx"
+    (placed,) = cuda_provider.placements(onnxruntime_gpu, [path])
+    assert isinstance(placed, dict), placed
+    ops = {node.name: node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    left = {ops[name] for name, provider in placed.items() if provider != CUDA_PROVIDER}
+    assert len(placed) >= len(ops) and left <= {"Concat"}, "sizes, joined to the shape of a Reshape"
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from pipeline.backends.ort_cuda.engine import open_session
+session = open_session(Path(sys.argv[1]))
+sys.exit(session.get_provider_options()[session.get_providers()[0]]["use_tf32"])
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_onnxruntime_for_gpus_opens_the_engine_or_says_what_it_lacks(bundle: Path, onnxruntime_gpu: Path) -> None:
+    command = ("-c", OPEN, str(bundle / "ort_cuda/model.onnx"))
+    opened = cuda_provider.python(onnxruntime_gpu, *command)
+    assert opened.stderr.strip() == "0", "the CUDA provider runs it, without TF32"
+    lacking = cuda_provider.python(onnxruntime_gpu, *command, cuda=False)
+    assert "EnvironmentLacksError: onnxruntime does not load its CUDA execution provider here" in lacking.stderr
+
+
+@pytest.mark.torch
+def test_verify_proves_it_again(bundle: Path) -> None:
+    assert cli.main(["verify", str(bundle)]) == 0
 
 
 @pytest.mark.parametrize(
