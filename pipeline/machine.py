@@ -33,6 +33,9 @@ TOOLS = (
 COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")
 # What `serve` needs and the extra `serve` installs, and what `serve --ray` needs beside it, of the extra `ray`.
 SERVER, RAY = ("fastapi", "prometheus_client", "uvicorn"), ("ray",)
+# The distribution that installs the module onnxruntime for NVIDIA GPUs: by it alone the CPU's targets run, too.
+ONNXRUNTIME_GPU = "onnxruntime-gpu"
+OTHER_DISTRIBUTIONS = {"onnxruntime": (ONNXRUNTIME_GPU,)}
 SOURCES = (".py", ".c", ".h")
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
@@ -43,12 +46,18 @@ def distribution(module: str) -> str:
     return module.replace("_", "-")
 
 
-def tool_version(module: str) -> str:
-    """Version of an installed tool by its module name, or '' if it is not installed."""
+def installed_version(name: str) -> str:
+    """Version of an installed distribution, or '' if it is not installed."""
     try:
-        return metadata.version(distribution(module))
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def tool_version(module: str) -> str:
+    """Version of an installed tool by its module name, or '' if it is not installed."""
+    names = (distribution(module), *OTHER_DISTRIBUTIONS.get(module, ()))
+    return next((version for name in names if (version := installed_version(name))), "")
 
 
 def tool_versions(more: Iterable[str] = ()) -> dict[str, str]:

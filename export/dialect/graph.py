@@ -46,6 +46,7 @@ RESULT_TYPES = {
 # onnxruntime's own ops have no schema in the onnx package.
 MICROSOFT_INPUTS = {
     "MatMulIntegerToFloat": ("A", "B", "a_scale", "b_scale", "a_zero_point", "b_zero_point", "bias"),
+    "MatMulNBits": ("A", "B", "scales", "zero_points", "g_idx", "bias"),
 }
 
 

@@ -21,6 +21,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "cpu": ("pipeline.backends.cpu", "CpuBackend"),
     "rtx": ("pipeline.backends.rtx", "RtxBackend"),
     "cuda": ("pipeline.backends.cuda", "CudaBackend"),
+    "ort_cuda": ("pipeline.backends.ort_cuda", "OrtCudaBackend"),
     "trt": ("pipeline.backends.trt", "TrtBackend"),
     PORTABLE: ("pipeline.backends.portable", "PortableBackend"),
 }

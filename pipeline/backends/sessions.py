@@ -66,14 +66,21 @@ def session_options(threads: int) -> SessionOptions:
     return options
 
 
-def opened(path: Path, options: SessionOptions, without: Sequence[str] = ()) -> InferenceSession:
+# onnxruntime's execution providers, or pairs of one and its options, in the order in which they are asked for a node.
+Providers = Sequence[str | tuple[str, dict[str, str]]]
+CPU_PROVIDER = "CPUExecutionProvider"
+
+
+def opened(
+    path: Path, options: SessionOptions, without: Sequence[str] = (), providers: Providers = (CPU_PROVIDER,)
+) -> InferenceSession:
     """onnxruntime's session of a file, `without` some of its optimizers. Raises ContractError where it refuses it."""
     import onnxruntime
 
     left_out = {"disabled_optimizers": list(without)} if without else {}
     open_file(path).close()  # refuses what is no file
     with runtime_errors(path):
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], **left_out)
+        return onnxruntime.InferenceSession(path, options, providers=list(providers), **left_out)
 
 
 def register_needed(options: SessionOptions, domains: Iterable[str]) -> None:

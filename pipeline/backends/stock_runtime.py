@@ -10,6 +10,23 @@ from pipeline import machine
 from pipeline.backends.base import Check, Manifest
 
 PACKAGE = "onnxruntime"
+# Distributions that install that module, each over the other's files.
+DISTRIBUTIONS = (PACKAGE, machine.ONNXRUNTIME_GPU)
+
+
+def packages() -> dict[str, str]:
+    """The installed ones of DISTRIBUTIONS, with their versions."""
+    versions = {name: machine.installed_version(name) for name in DISTRIBUTIONS}
+    return {name: version for name, version in versions.items() if version}
+
+
+def providers() -> tuple[str, ...]:
+    """The execution providers that the installed onnxruntime was built with, whether or not they load here; none where
+    it does not load itself."""
+    try:
+        return tuple(import_module(PACKAGE).get_available_providers())
+    except ImportError:
+        return ()
 
 
 def check() -> Check:

@@ -7,6 +7,7 @@ A backend publishes rows of what it can run; lowering gets them as data. An engi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 # Name of a capability: products of bytes are summed in 32 bits (x86 VNNI, Arm dot product), never in saturating 16.
 WIDE_SUM = "int32_dot_product"
@@ -17,6 +18,7 @@ class GemmRow:
     """One way a target can run a quantized GEMM; lowering takes the first row that fits.
 
     limbs: into how many hardware numbers an activation's integer may be split. path: the name shown to people.
+    sum_type: what products are added in.
     """
 
     path: str
@@ -24,6 +26,7 @@ class GemmRow:
     weight_type: str
     limbs: int = 1
     real_groups: bool = False
+    sum_type: Literal["FP32", "INT32"] = "FP32"
 
 
 @dataclass(frozen=True)

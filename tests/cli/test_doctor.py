@@ -31,6 +31,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     releases = dict(INSTALLED)
     monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name in releases else None)
     monkeypatch.setattr(machine, "tool_version", lambda name: releases.get(name, ""))
+    monkeypatch.setattr(machine, "installed_version", lambda name: releases.get(name, ""))
     monkeypatch.setattr(compile.importlib.metadata, "version", releases.__getitem__)
     monkeypatch.setattr(compile.os, "access", lambda path, mode: True)
     monkeypatch.setattr(machine, "cuda_sm", lambda: 90)

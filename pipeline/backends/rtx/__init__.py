@@ -24,7 +24,7 @@ from pipeline.backends.base import (
     Manifest,
     Options,
 )
-from pipeline.backends.tensorrt.engine import ENGINE, RTX, KeepOnnx
+from pipeline.backends.tensorrt.engine import CONTEXT_MODEL, ENGINE, RTX, EpContext, KeepOnnx
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -38,6 +38,9 @@ class RtxOptions(Options):
     expresses quantized linears in TensorRT's own ops, "plugin" puts this project's kernels in their place; weights then
     stay packed, whatever `weights` says, and `operands` is as that of `cuda`, for all GPUs of `sm` alike. keep_onnx:
     does the bundle keep the graph that the builder got? "auto": a small one (tensorrt/kept_graph.py).
+
+    ep_context: an ONNX file, too, by which onnxruntime's NvTensorRTRTX execution provider runs the engine, which lies
+    "beside" it or is "embedded" in it.
     """
 
     target: ClassVar[str] = "rtx"
@@ -48,6 +51,7 @@ class RtxOptions(Options):
     path: Literal["tensorrt", "plugin"] = "tensorrt"
     operands: Literal["auto", "fp8", "int8"] = "auto"
     keep_onnx: KeepOnnx = "auto"
+    ep_context: EpContext = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,12 +80,14 @@ class RtxBackend(Backend[RtxOptions]):
     needs_gpu = True
     speed_rank = 3
     kept_names = frozenset({MODEL, DATA})
-    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME, *kept_names})
+    file_names = frozenset({ENGINE, CONTEXT_MODEL, metadata_file.NAME, lowering_file.NAME, *kept_names})
     disk_bytes_per_parameter = 2.5  # the lowered graph and the engine
     flags = (Flag("--target-sm", "sm", integers, "89,120", "GPUs that the rtx engine is built for"),)
 
     def checks(self) -> list[Check]:
-        return [self._package_check(), self._plugins_check()]
+        from pipeline.backends.tensorrt import ep_context
+
+        return [self._package_check(), self._plugins_check(), ep_context.check(self.package)]
 
     def _package_check(self) -> Check:
         """tensorrt_rtx and the GPUs that its builder takes (no GPU is needed to build)."""

@@ -11,11 +11,12 @@ from pipeline.backends import metadata_file
 from pipeline.backends.base import BuildResult, LoweredGraph
 from pipeline.backends.fused.lower import recipe_problems, scaling_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
-from pipeline.backends.rtx.gemms import matmul_names
+from pipeline.backends.qdq.gemms import matmul_names
 from pipeline.backends.rtx.lower import GROUPS_REFUSED, LowerRtx
 from pipeline.backends.tensorrt import kept_graph, plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine
 from pipeline.backends.tensorrt.engine import ENGINE, RTX
+from pipeline.backends.tensorrt.ep_context import write_context_model
 from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plan_file import EngineFile, check_gemms, read_engine_file
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED
@@ -35,6 +36,12 @@ BUILDABLE_SMS = (80, 86, 89, 120, 121)
 FP8_SMS = frozenset({89, 120, 121})
 DATA_CENTRE = "TensorRT-RTX is for RTX GPUs; data-centre GPUs of this generation need the target cuda"
 WHY_NOT = {75: "its FP32 GEMMs are refused on Turing", **dict.fromkeys((90, 100, 103), DATA_CENTRE)}
+
+
+PLUGINS_REFUSED = (
+    "rtx.ep_context {} with rtx.path plugin: its plugins are Python's, which onnxruntime does not have; use "
+    "--set rtx.path=tensorrt"
+)
 
 
 def _one_or_two(path: str, activation: str, weight: str) -> tuple[GemmRow, GemmRow]:
@@ -70,6 +77,8 @@ def gemm_rows(weights: str, sms: tuple[int, ...]) -> tuple[GemmRow, ...]:
 def problems(recipe: Recipe, options: RtxOptions, package_problems: list[str]) -> list[str]:
     """GPUs that the builder refuses, activations that no lowering takes, and what is missing here."""
     refused = [*sm_problems(options.sm), *package_problems]
+    if options.path == "plugin" and options.ep_context != "none":
+        refused.append(PLUGINS_REFUSED.format(options.ep_context))
     if options.path != "plugin":
         return [*refused, *scaling_problems(recipe, {"token_group": GROUPS_REFUSED})]
     refused += recipe_problems(recipe, SCALINGS_REFUSED, plugin_payloads.REMEDY)
@@ -108,7 +117,8 @@ def build(lowered: LoweredGraph, out_dir: Path, options: RtxOptions, batch_size:
         kept_graph.keep(lowered.path, out_dir, options.keep_onnx)
     metadata = describe(engine, lowered) | facts | more
     write_json(out_dir / metadata_file.NAME, metadata)
-    return result(lowered, out_dir, (ENGINE, *kept_graph.kept_names(out_dir)), metadata)
+    context = write_context_model(RTX, lowered.path, out_dir / ENGINE, options.ep_context, options.sm, str(facts[RTX]))
+    return result(lowered, out_dir, (ENGINE, *kept_graph.kept_names(out_dir), *context), metadata)
 
 
 def sm_problems(sms: tuple[int, ...]) -> list[str]:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENGINE = "model.engine"
+# An ONNX file by which onnxruntime runs that engine, where the recipe asks for one.
+CONTEXT_MODEL = "model_ctx.onnx"
+# It has the name of the engine's file, which lies beside it, or all of the engine's bytes.
+EpContext = Literal["none", "beside", "embedded"]
 # The modules of both products; what the first builds is for GPUs which need not be here.
 RTX, TRT = "tensorrt_rtx", "tensorrt"
 # Options of both targets: is the ONNX that the builder got kept beside the engine? See kept_graph.

@@ -25,7 +25,7 @@ from pipeline.backends.base import (
     Manifest,
     Options,
 )
-from pipeline.backends.tensorrt.engine import ENGINE, TRT, KeepOnnx
+from pipeline.backends.tensorrt.engine import CONTEXT_MODEL, ENGINE, TRT, EpContext, KeepOnnx
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrtOptions(Options):
-    """attention, keep_onnx: as those of `rtx`. operands: as that of `cuda`."""
+    """attention, keep_onnx: as those of `rtx`. operands: as that of `cuda`. ep_context: as that of `rtx`, for the
+    execution provider of TensorRT."""
 
     target: ClassVar[str] = "trt"
     attention: Literal["fp16", "fp32"] = "fp16"
     operands: Literal["auto", "fp8", "int8"] = "auto"
     keep_onnx: KeepOnnx = "auto"
+    ep_context: EpContext = "none"
 
 
 class TrtBackend(Backend[TrtOptions]):
@@ -49,7 +51,7 @@ class TrtBackend(Backend[TrtOptions]):
     needs_gpu = True
     speed_rank = 1
     kept_names = frozenset({MODEL, DATA})
-    file_names = frozenset({ENGINE, metadata_file.NAME, lowering_file.NAME, *kept_names})
+    file_names = frozenset({ENGINE, CONTEXT_MODEL, metadata_file.NAME, lowering_file.NAME, *kept_names})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
 
     def in_auto(self) -> bool:
@@ -58,6 +60,7 @@ class TrtBackend(Backend[TrtOptions]):
 
     def checks(self) -> list[Check]:
         """What it lacks here, and our plugins: those in TensorRT's registry, else those it would register."""
+        from pipeline.backends.tensorrt import ep_context
         from pipeline.backends.trt import engine
         from plugins.tensorrt.aot import plugin_name
         from plugins.tensorrt.payload import NAMESPACE, VERSION
@@ -74,7 +77,7 @@ class TrtBackend(Backend[TrtOptions]):
         listed = f"{where} in namespace {NAMESPACE}, version {VERSION}: {' '.join(names) or 'none'}"
         state = f"{machine.tool_version(self.package) or 'not installed'}; {listed}; not run"
         remedy = f"only needed for the target trt; {'; '.join(problems)}"
-        return [Check(self.package, not problems, state, False, remedy)]
+        return [Check(self.package, not problems, state, False, remedy), ep_context.check(self.package)]
 
     def fitness_problem(self, manifest: Manifest, source: Path) -> str | None:
         from pipeline.backends.trt.engine import TrtNeeds, machine_problem
@@ -99,8 +102,7 @@ class TrtBackend(Backend[TrtOptions]):
     def build(self, lowered: LoweredGraph, out_dir: Path, recipe: Recipe) -> BuildResult:
         from pipeline.backends.trt import build
 
-        batch_size, keep_onnx = recipe.sampling.batch_size, self.options(recipe).keep_onnx
-        return build.build(lowered, out_dir, machine.cuda_sm(), batch_size, keep_onnx)
+        return build.build(lowered, out_dir, self.options(recipe), machine.cuda_sm(), recipe.sampling.batch_size)
 
     def kept_problem(self, folder: Path, lowered: LoweredGraph, recipe: Recipe) -> str | None:
         from pipeline.backends.tensorrt import kept_graph

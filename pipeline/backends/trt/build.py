@@ -16,7 +16,8 @@ from pipeline.backends.fused.lower import recipe_problems
 from pipeline.backends.graph_files import graph_facts, packed_model, result, save_lowered
 from pipeline.backends.tensorrt import kept_graph, plugin_payloads
 from pipeline.backends.tensorrt.build import build_engine, make_logger
-from pipeline.backends.tensorrt.engine import ENGINE, TRT, KeepOnnx
+from pipeline.backends.tensorrt.engine import ENGINE, TRT
+from pipeline.backends.tensorrt.ep_context import write_context_model
 from pipeline.backends.tensorrt.half import halve
 from pipeline.backends.tensorrt.plugin_graph import SCALINGS_REFUSED, KernelNode
 from pipeline.files import write_json
@@ -48,17 +49,18 @@ def lower(portable: Path, work_dir: Path, options: TrtOptions) -> LoweredGraph:
     return save_lowered(model, work_dir, lowering)
 
 
-def build(lowered: LoweredGraph, out_dir: Path, sm: int, batch_size: int, keep_onnx: KeepOnnx = "no") -> BuildResult:
+def build(lowered: LoweredGraph, out_dir: Path, options: TrtOptions, sm: int, batch_size: int) -> BuildResult:
     """Engine, its graph if it is kept, metadata.json and lowering.json.
 
     Raises ContractError where a plugin is not in the engine.
     """
     with builders_graph(lowered.path, batch_size, sm) as (graph, nodes):
         facts = build_checked(graph, out_dir / ENGINE, nodes, sm, batch_size)
-        kept_graph.keep(graph, out_dir, keep_onnx)
+        kept_graph.keep(graph, out_dir, options.keep_onnx)
     metadata = {**facts, **described(lowered, nodes)}
     write_json(out_dir / metadata_file.NAME, metadata)
-    return result(lowered, out_dir, (ENGINE, *kept_graph.kept_names(out_dir)), metadata)
+    context = write_context_model(TRT, lowered.path, out_dir / ENGINE, options.ep_context, (sm,), str(facts[TRT]))
+    return result(lowered, out_dir, (ENGINE, *kept_graph.kept_names(out_dir), *context), metadata)
 
 
 def builders_graph(lowered: Path, batch_size: int, sm: int) -> AbstractContextManager[tuple[Path, list[KernelNode]]]:

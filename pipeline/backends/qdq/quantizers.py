@@ -1,4 +1,4 @@
-"""Standard ops that quantize activations into hardware operands (`rtx` lowering).
+"""Standard ops that quantize activations into hardware operands.
 
 The arithmetic is that of QuantizeActivation: scale = max(absmax, floor) / max_value, v = x / scale, both in float32, so
 codes are the same; every further factor is a power of two and therefore exact. QuantizeStatic's v = (x - zero) / scale
@@ -62,17 +62,23 @@ def emit_static(build: GraphBuilder, x: ir.Value, format_name: str, scale: float
 def emit_limbs(build: GraphBuilder, token: Token, number: HardwareNumber) -> tuple[ir.Value, ...]:
     """Operands as float32, high limb first: sum(limb * weight) = (integer - shift) * 2^exponent. The GEMM casts those
     for FP16."""
+    scaled = emit_scaled(build, token, number)
+    if number.type == "FP16":
+        return (scaled,)
+    if number.limbs == 1:
+        return (round_in(build, scaled, number.type, "operand"),)
+    return _emit_two_limbs(build, scaled, number)
+
+
+def emit_scaled(build: GraphBuilder, token: Token, number: HardwareNumber) -> ir.Value:
+    """(integer - shift) * 2^exponent as float32; not yet rounded where the type's own rounding is the format's."""
     value, bounded = token.value, token.scale is None or _is_signed(number.format)
     value = value if bounded else build.op("Max", value, build.constant(0.0), name="positive")
     value = value if number.rounds_itself else emit_round(build, value, number.format)
     scaled = build.op("Mul", value, build.constant(number.gain), name="scaled_value") if number.gain != 1 else value
     if number.shift:
         scaled = build.op("Sub", scaled, build.constant(float(number.shift)), name="shifted")
-    if number.type == "FP16":
-        return (scaled,)
-    if number.limbs == 1:
-        return (round_in(build, scaled, number.type, "operand"),)
-    return _emit_two_limbs(build, scaled, number)
+    return scaled
 
 
 def _is_signed(format_name: str) -> bool:

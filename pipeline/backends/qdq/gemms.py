@@ -1,4 +1,4 @@
-"""Emits one quantized linear of the `rtx` graph: weight constant, a MatMul per limb, scales, bias."""
+"""Emits one quantized linear: weight constant, a MatMul per limb, scales, bias."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from export.dialect.graph import GraphBuilder
 from export.formats.operands import decoding_lines
-from pipeline.backends.rtx.choose import GemmChoice
-from pipeline.backends.rtx.quantizers import Token, round_in
+from pipeline.backends.qdq.choose import GemmChoice
+from pipeline.backends.qdq.quantizers import Token, round_in
 from pipeline.passes.quantized_gemm import STORED, QuantizedGemm
 
 
@@ -23,19 +23,35 @@ def emit_gemm(
     limbs: tuple[ir.Value, ...],
     bias: ir.Value,
 ) -> tuple[ir.Value, ir.Value]:
-    """(output [..., N] float32, raw GEMM result)."""
+    """(output [..., N] float32, raw GEMM result).
+
+    Constants are called rtx_..., as in bundles of earlier releases, whose graphs `verify` compares by their hashes.
+    """
     if choice.row.real_groups:
         product, channel = _emit_half(build, gemm, choice, limbs[0])
     else:
         product, channel = _emit_exact(build, gemm, choice, limbs), gemm.scales[:, 0]
         product = _emit_unshifted(build, gemm, choice, product) if choice.number.shift else product
+    return emit_scaled(build, gemm, choice, token, product, channel, bias), product
+
+
+def emit_scaled(
+    build: GraphBuilder,
+    gemm: QuantizedGemm,
+    choice: GemmChoice,
+    token: Token,
+    product: ir.Value,
+    channel: NDArray[np.float32],
+    bias: ir.Value,
+) -> ir.Value:
+    """The linear's output [..., N] of its raw product, both float32. channel: the weight's scales [N]."""
     # integer * 2^exponent stands for value * 2^(f + exponent) on both sides; powers of two leave the scale exact.
     unit = choice.number.gain * weight_gain(gemm, choice)
     channel = channel if gemm.activation_scale is None else channel * gemm.activation_scale
     scale = _vector(build, "rtx_scale", (channel / unit).astype(np.float32))
     scaled = build.op("Mul", product, scale, name="channel_scale")
     scaled = scaled if token.scale is None else build.op("Mul", scaled, token.scale, name="token_scale")
-    return (build.op("Add", scaled, bias, name="bias") if gemm.has_bias else scaled), product
+    return build.op("Add", scaled, bias, name="bias") if gemm.has_bias else scaled
 
 
 def weight_gain(gemm: QuantizedGemm, choice: GemmChoice) -> float:

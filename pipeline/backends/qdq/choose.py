@@ -1,17 +1,25 @@
-"""Chooses the tensor-core path of each quantized linear on `rtx`; every refusal says why."""
+"""Chooses the tensor-core path of each quantized linear; every refusal says why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from export.errors import ContractError
-from export.formats.operands import FP32_BITS, HardwareNumber, activation_number, decoding_lines, weight_exponent
+from export.formats.operands import (
+    FP32_BITS,
+    INT32_MAX,
+    HardwareNumber,
+    activation_number,
+    decoding_lines,
+    weight_exponent,
+)
 from pipeline.passes.probes import GemmRow
 from pipeline.passes.quantized_gemm import QuantizedGemm
 
 # Group sizes of block-wise DequantizeLinear that the engine builder takes.
 BLOCK_SIZES = (32, 64, 128)
-FP32_EXACT = 2**FP32_BITS
+# Largest magnitude up to which all integers are exact in a sum of that type.
+EXACT_SUMS = {"FP32": 2**FP32_BITS, "INT32": INT32_MAX}
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class GemmChoice:
     """One GEMM: the row that was taken, its activation's hardware number, the weight's exponent, and the sentence for
     people.
 
-    exact: hardware numbers hold the integers and the float32 sum of all products is exact in any order.
+    exact: hardware numbers hold the integers and the sum of all products, in the row's type, is exact in any order.
     """
 
     row: GemmRow
@@ -48,8 +56,11 @@ def _try(gemm: QuantizedGemm, row: GemmRow) -> GemmChoice | str:
     number = activation_number(gemm.activation.name, row.activation_type, row.limbs)
     if number is None:
         return f"{gemm.activation.name} does not embed in {row.limbs} x {row.activation_type}"
-    if number.shift and (bound := _largest_sum(gemm)) > FP32_EXACT:
-        return f"sums of integers less {number.shift} are not exact in float32: they reach {bound}"
+    if (bound := _largest_sum(gemm)) > EXACT_SUMS[row.sum_type]:
+        if row.sum_type == "INT32":
+            return f"the sum can reach {bound}, more than int32 holds"
+        if number.shift:
+            return f"sums of integers less {number.shift} are not exact in float32: they reach {bound}"
     return _half(gemm, row, number) if row.real_groups else _embedded(gemm, row, number)
 
 
@@ -62,7 +73,7 @@ def _embedded(gemm: QuantizedGemm, row: GemmRow, number: HardwareNumber) -> Gemm
     if row.weight_type == "INT4" and not decoding_lines(gemm.weight.name):
         return f"{gemm.weight.name} is not a signed 4-bit format with convex magnitudes"
     bound = _largest_sum(gemm)
-    return GemmChoice(row, number, exponent, _why(gemm, number, bound), bound <= FP32_EXACT)
+    return GemmChoice(row, number, exponent, _why(gemm, number, bound, row.sum_type), bound <= EXACT_SUMS[row.sum_type])
 
 
 def _half(gemm: QuantizedGemm, row: GemmRow, number: HardwareNumber) -> GemmChoice | str:
@@ -94,9 +105,10 @@ def _largest_sum(gemm: QuantizedGemm) -> int:
     return gemm.activation.kmax * gemm.largest_row_sum
 
 
-def _why(gemm: QuantizedGemm, number: HardwareNumber, bound: int) -> str:
+def _why(gemm: QuantizedGemm, number: HardwareNumber, bound: int, sum_type: str) -> str:
     rounding = "its own rounding is the format's" if number.rounds_itself else "rounded to the format's grid first"
     limbs = f" less {number.shift}" if number.shift else "" if number.limbs == 1 else f" as {number.limbs} limbs"
     held = f"{gemm.activation.name} is exact in {number.type}{limbs} ({rounding}), {gemm.weight.name} too"
-    exact = "every" if bound <= FP32_EXACT else "not every"
-    return f"{held}; |integer sum| <= {bound}, so {exact} float32 sum is exact"
+    exact = "every" if bound <= EXACT_SUMS[sum_type] else "not every"
+    name = {"FP32": "float32", "INT32": "int32"}[sum_type]
+    return f"{held}; |integer sum| <= {bound}, so {exact} {name} sum is exact"
