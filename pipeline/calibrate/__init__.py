@@ -65,7 +65,7 @@ def calibrate(model: LoadedModel, recipe: Recipe, folder: Path, resume: bool = F
     """
     recipe = with_method(recipe, model)
     plans = make_plans(model.linears(), recipe)
-    with CalibrationState(folder, _origin(model, recipe), resume) as state:
+    with CalibrationState(folder, origin(model, recipe), resume) as state:
         if state.is_complete:
             return load_named(folder, [plan.name for plan in plans])
         # Small models: their operations take microseconds, so a second thread gains little, and where other work shares
@@ -87,13 +87,13 @@ def adopt(model: LoadedModel, recipe: Recipe, source: Path, folder: Path) -> lis
 
     Raises RecipeError if they were made of another model or by other settings than these.
     """
-    copy_finished(source, folder, _origin(model, with_method(recipe, model)))
+    copy_finished(source, folder, origin(model, with_method(recipe, model)))
     return load_named(folder, [linear.name for linear in model.linears()])
 
 
 def refuse_unfit(model: LoadedModel, recipe: Recipe, source: Path) -> None:
     """Raise what `adopt` would raise, without copying."""
-    refuse_unfinished(source, _origin(model, with_method(recipe, model)))
+    refuse_unfinished(source, origin(model, with_method(recipe, model)))
     load_named(source, [linear.name for linear in model.linears()])
 
 
@@ -199,8 +199,8 @@ def _observes(recipe: Recipe) -> bool:
     return METHODS[recipe.calibrate.method].observes == "blocks"
 
 
-def _origin(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
-    """Everything that the result depends on; data by their content, not by the name of a file."""
+def origin(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
+    """Everything that the layers depend on; data by their content, not by the name of a file."""
     row = METHODS[recipe.calibrate.method]
     parts = {key: asdict(getattr(recipe, key)) for key in ("formats", "weights")}
     for key, names in DECIDING[row.observes].items():
