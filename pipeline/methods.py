@@ -133,6 +133,10 @@ _RANGES = {
     "search": Option("mse", help="range of activations: minmax, percentile or mse"),
 }
 _STATIC = _SEEN | _RANGES
+_SEARCHED = {
+    "granularity": Option("recipe", help='weight scales: "recipe" (groups as published), or "per_channel"'),
+    "rows": _SEEN["rows"],
+}
 _SKEWED = {
     "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
     "deviation": Option(0.4, help="its standard deviation"),
@@ -315,6 +319,22 @@ _ROWS = (
             "alpha": Option(0.3, help="share of the activations' reach that the weight takes over"),
             "momentum": Option(0.95, help="of the activations' mean reach over calibration calls"),
             "kinds": Option("all", help="kinds to balance"),
+        },
+    ),
+    MethodRow(
+        "awq",
+        "pipeline.calibrate.methods.awq:Awq",
+        "AWQ: a balance of channels by their mean magnitude, its exponent searched; rounded to nearest",
+        _SEARCHED | {"steps": Option(10, 20, help="exponents that the search tries")},
+    ),
+    MethodRow(
+        "svdquant",
+        "pipeline.calibrate.methods.svdquant:SvdQuant",
+        "SVDQuant: the largest singular values in a float16 branch, behind a searched balance; the rest to nearest",
+        _SEARCHED
+        | {
+            "rank": Option(16, 32, help="of the branch; the authors' is 32, for widths of thousands"),
+            "steps": Option(5, 10, help="balances that the search tries"),
         },
     ),
     MethodRow(
