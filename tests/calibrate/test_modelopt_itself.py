@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from export import to_onnx
+from export.models import nvfp4
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine, fake_quant
@@ -112,6 +113,14 @@ def test_a_live_module_gives_the_layers_of_the_file(model: LoadedModel, results:
     for one, other in zip(layers, live, strict=True):
         for key in ("codes", "scales", "multipliers", "input_multiplier"):
             np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
+
+
+def test_nvfp4_weights_are_read_as_modelopt_reads_them(results: Path) -> None:
+    with np.load(results / "nvfp4.npz") as parts:
+        codes, blocks, whole, weight = (torch.from_numpy(parts[key]) for key in ("codes", "blocks", "whole", "weight"))
+    blocks = blocks.view(torch.float8_e4m3fn)
+    assert nvfp4.problem(codes, blocks, whole) is None
+    assert torch.equal(nvfp4.dequantized(codes, blocks, whole, "fc.weight_scale_2"), weight)
 
 
 @pytest.mark.torch

@@ -15,6 +15,8 @@ from typing import Any
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 import numpy as np
+import torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from torch import nn
 
 from export.models.load import LoadedModel, load, sample_inputs
@@ -58,6 +60,17 @@ def main(source: str, folder: Path) -> None:
         mto.save(module, folder / f"{case}.pt")
         if case == "awq":
             take_over(model, recipe, module, folder / "live")
+    nvfp4(folder)
+
+
+def nvfp4(folder: Path) -> None:
+    """A weight in NVFP4, and what ModelOpt makes of it again."""
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    packed, blocks, whole = NVFP4QTensor.quantize(weight, 16)
+    scales = {"scale": blocks, "double_scale": whole, "block_sizes": {-1: 16}}
+    back = packed.dequantize(torch.float32, **scales)
+    parts = {"codes": packed._quantized_data, "blocks": blocks.view(torch.uint8), "whole": whole, "weight": back}
+    np.savez(folder / "nvfp4.npz", **{name: part.numpy() for name, part in parts.items()})
 
 
 def weights(model: LoadedModel, module: nn.Module) -> dict[str, Any]:
