@@ -247,6 +247,23 @@ def test_a_missing_amax_is_refused(model: LoadedModel) -> None:
         Taken(model, replace(given, tensors=tensors))
 
 
+STRAY: dict[str, tuple[str, torch.Tensor, str]] = {
+    "negative": ("weight_quantizer._amax", torch.tensor(-1.0), "has an amax that is negative, NaN or Inf"),
+    "NaN": ("input_quantizer._amax", torch.tensor(torch.nan), "has an amax that is negative, NaN or Inf"),
+    "half a branch": ("weight_quantizer._svdquant_lora_a", torch.ones(4, 64), "has one of SVDQuant's two matrices"),
+    "weight's scale": ("weight_quantizer._pre_quant_scale", torch.ones(64), "has a pre_quant_scale; only inputs"),
+    "output's scale": ("output_quantizer._pre_quant_scale", torch.ones(64), "has a pre_quant_scale; only inputs"),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_tensors_that_would_be_read_wrongly_are_refused(case: str, model: LoadedModel) -> None:
+    key, tensor, message = STRAY[case]
+    given, name = state(model), model.linears()[0].name
+    with pytest.raises((ModelError, RecipeError), match=rf"{name}.{key.partition('.')[0]} {message}"):
+        Taken(model, replace(given, tensors={**given.tensors, f"{name}.{key}": tensor})).layer(name)
+
+
 def test_a_state_of_another_model_is_refused(model: LoadedModel) -> None:
     given = state(model)
     other = {**given.tensors, "proj_out.weight": given.tensors["proj_out.weight"] + 1}

@@ -122,16 +122,17 @@ class Taken:
                     f"{self.state.source}: {path} is enabled, which has no place here: {known}; disable it"
                 )
             scale = self.state.tensor(path, "_pre_quant_scale")
-            if path not in taken and scale is not None:
-                raise RecipeError(
-                    f"{self.state.source}: {path} has a pre_quant_scale and belongs to no linear taken over"
-                )
+            if scale is not None and not (path in taken and path.endswith(INPUT)):
+                raise RecipeError(f"{self.state.source}: {path} has a pre_quant_scale; only inputs of linears have one")
 
     def _amax(self, path: str) -> F32:
         amax = self.state.tensor(path, "_amax")
         if amax is None:
             raise RecipeError(f"{self.state.source}: {path} has no amax; calibrate it with a forward loop")
-        return _float32(amax)
+        values = _float32(amax)
+        if not (np.isfinite(values).all() and (values >= 0).all()):
+            raise ModelError(f"{self.state.source}: {path} has an amax that is negative, NaN or Inf; calibrate again")
+        return values
 
     def _array(self, name: str, key: str, shape: tuple[int, ...]) -> F32:
         tensor = self.state.tensor(name, key)
@@ -162,8 +163,10 @@ class Taken:
         """SVDQuant's branch as [1, R, K] and [1, N, R]. ModelOpt's reads the balanced input, ours the input itself, so
         the balance goes into the first matrix: one rounding for each of its numbers."""
         down, up = (self._branch(f"{name}.{WEIGHT}", f"svdquant_lora_{key}") for key in "ab")
-        if down is None or up is None:
+        if down is None and up is None:
             return None, None
+        if down is None or up is None:
+            raise ModelError(f"{self.state.source}: {name}.{WEIGHT} has one of SVDQuant's two matrices; save it again")
         first = _float32(down) if multiplier is None else _float32(down) * multiplier
         return first[None], _float32(up)[None]
 
