@@ -200,7 +200,7 @@ def _observes(recipe: Recipe) -> bool:
 
 
 def origin(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
-    """Everything that the layers depend on; data by their content, not by the name of a file."""
+    """Everything that the result depends on; data by their content, not by the name of a file."""
     row = METHODS[recipe.calibrate.method]
     parts = {key: asdict(getattr(recipe, key)) for key in ("formats", "weights")}
     for key, names in DECIDING[row.observes].items():
