@@ -49,7 +49,8 @@ class QuantizedLinear:
     or None; weight and bias already make up for them (channel balancing of PTQ4DiT, RepQ-ViT and ViDiT-Q).
 
     lora_down [H, R, K], lora_up [H, N, R]: float32 or None, branches of which the router, one for all layers, picks
-    h by the timestep of each sample (TALoRA of MSFP). They read the layer's own input x, unbalanced and unrounded.
+    h by the timestep of each sample (TALoRA of MSFP); without a router there is one, H = 1, for every sample
+    (SVDQuant). They read the layer's own input x, unbalanced and unrounded.
     """
 
     name: str
@@ -156,17 +157,18 @@ class QuantizedLinear:
             raise ContractError(f"{self.name}: {fault}; calibrate with data that reaches this layer")
 
     def _check_low_rank(self) -> None:
-        """Low-rank branches and router come together and fit."""
-        parts = {key: getattr(self, key) is not None for key in ("lora_down", "lora_up", "router")}
-        if not any(parts.values()):
+        """Both matrices of low-rank branches are there and fit, and a router where there are several branches."""
+        parts = {key: getattr(self, key) is not None for key in ("lora_down", "lora_up")}
+        if not any(parts.values()) and self.router is None:
             return
         if not all(parts.values()):
             missing = next(key for key, present in parts.items() if not present)
-            raise ContractError(
-                f"{self.name}: {missing} is missing; low-rank branches need lora_down, lora_up and router"
-            )
-        assert self.lora_down is not None and self.router is not None
-        branches = self.router.branches
+            raise ContractError(f"{self.name}: {missing} is missing; low-rank branches need lora_down and lora_up")
+        assert self.lora_down is not None
+        if self.router is None and self.lora_down.shape[:1] != (1,):
+            fault = f"lora_down has shape {self.lora_down.shape} and there is no router"
+            raise ContractError(f"{self.name}: {fault}; only one branch, [1, R, K], needs none")
+        branches = 1 if self.router is None else self.router.branches
         rank = self.lora_down.shape[1] if self.lora_down.ndim == 3 else 0
         self._check_learned("lora_down", (branches, rank, self.in_features))
         self._check_learned("lora_up", (branches, self.out_features, rank))
@@ -343,4 +345,12 @@ def _load_layer(row: LayerRow, tensors: safe_open, names: set[str], router: Rout
     if missing:
         raise ContractError(f"{WEIGHTS_FILE}: tensor {missing[0]} is missing; {REMEDY}")
     arrays = {key: tensors.get_tensor(name) for key, name in keys.items() if name in names}
-    return QuantizedLinear(**row, **arrays, router=router if "lora_down" in arrays else None)
+    return QuantizedLinear(**row, **arrays, router=router_of(arrays.get("lora_down"), router))
+
+
+def router_of(lora_down: NDArray[np.float32] | None, router: Router | None) -> Router | None:
+    """The model's router, for a layer with branches [H, R, K] that it chooses among; None for any other layer, also for
+    one with a single branch where the router chooses among several."""
+    if lora_down is None or router is None or (router.branches > 1 and lora_down.shape[:1] == (1,)):
+        return None
+    return router

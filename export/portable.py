@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.checkpoint import ActivationScaling, Granularity, QuantizedLinear
+from export.checkpoint import ActivationScaling, Granularity, QuantizedLinear, router_of
 from export.dialect.graph import BALANCE, KIND_KEY, LAYER_KEY, inputs_of
 from export.dialect.ops import DOMAIN
 from export.errors import ContractError
@@ -48,6 +48,7 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
     weight, bias = nodes["weight"], nodes.get("bias")
     granularity = cast(Granularity, weight.metadata_props[GRANULARITY_KEY])  # the layer refuses any other
     in_features, group_size = (weight.attributes[name].as_int() for name in ("in_features", "group_size"))
+    around = _around(path, nodes)
     multipliers = None
     if granularity == "exact_group":
         table = np.asarray(weight.attributes["multipliers"].as_ints(), np.uint8)
@@ -64,8 +65,8 @@ def _read_layer(path: Path, layer: str, nodes: dict[str, ir.Node], router: Route
         multipliers=multipliers,
         bias=None if bias is None else _array(path, bias, "B"),
         **_activation(path, nodes["quantize"]),
-        **_around(path, nodes),
-        router=router if "low_rank" in nodes else None,
+        **around,
+        router=router_of(around["lora_down"], router),
     )
 
 

@@ -91,9 +91,10 @@ def _replace(graph: ir.Graph, node: ir.Node, layer: QuantizedLinear, branch: ir.
     if layer.bias is not None:
         y.shape = output.shape
         y = build.op("Add", y, build.stored("bias", layer.bias), name="bias")
-    if branch is not None and layer.router is not None:
+    if layer.lora_down is not None:
         y.shape = output.shape
-        y = build.op("Add", y, add_low_rank(build, x, branch), name="add_low_rank")
+        low_rank = add_low_rank(build, x) if layer.router is None else add_routed_low_rank(build, x, branch)
+        y = build.op("Add", y, low_rank, name="add_low_rank")
     y.name, y.shape, y.type = f"{layer.name}/output", output.shape, output.type
     ir.convenience.replace_all_uses_with(output, y)
     graph.remove(node, safe=True)
@@ -157,7 +158,8 @@ def multiplier_table(layer: QuantizedLinear) -> tuple[int, ...]:
 
 # --- low-rank branches, in standard ops: one router, and two small products per layer ------------------------------
 # The router reads the graph's input `timestep` once and gives each sample the number of its branch; a layer gathers the
-# two matrices of that branch, so a batch may hold samples of different timesteps.
+# two matrices of that branch, so a batch may hold samples of different timesteps. A layer's only branch needs
+# no router.
 
 
 def add_router(graph: ir.Graph, router: Router) -> ir.Value:
@@ -184,13 +186,21 @@ def add_router(graph: ir.Graph, router: Router) -> ir.Value:
     return branch
 
 
-def add_low_rank(build: LayerBuilder, x: ir.Value, branch: ir.Value) -> ir.Value:
-    """lora_up[h] @ (lora_down[h] @ x) as "layer/low_rank", for x [batch, K] or [batch, rows, K].
+def add_low_rank(build: LayerBuilder, x: ir.Value) -> ir.Value:
+    """lora_up[0] @ (lora_down[0] @ x) as "layer/low_rank", for x [..., K], of the only branch of a layer.
 
-    Matrices are stored as [H, K, R] and [H, R, N], in float16 where that holds all of their numbers.
+    Matrices are stored as [1, K, R] and [1, R, N], in float16 where that holds all of their numbers.
     """
+    first = build.stored("low_rank_first", np.array(0))
+    down, up = (_matrix(build, key, getattr(build.layer, key), first) for key in ("lora_down", "lora_up"))
+    return build.op("MatMul", build.op("MatMul", x, down, name="low_rank_inner"), up, name="low_rank")
+
+
+def add_routed_low_rank(build: LayerBuilder, x: ir.Value, branch: ir.Value | None) -> ir.Value:
+    """lora_up[h] @ (lora_down[h] @ x) as "layer/low_rank", for x [batch, K] or [batch, rows, K], h of each sample from
+    `branch` [batch]; matrices are stored as in `add_low_rank`, [H, ., .]."""
     layer = build.layer
-    assert layer.lora_down is not None and layer.lora_up is not None
+    assert layer.lora_down is not None and layer.lora_up is not None and branch is not None
     _check_batch(layer.name, x, branch)
     down, up = (_matrix(build, key, getattr(layer, key), branch) for key in ("lora_down", "lora_up"))
     if x.shape is not None and x.shape.rank() == 3:
@@ -201,7 +211,7 @@ def add_low_rank(build: LayerBuilder, x: ir.Value, branch: ir.Value) -> ir.Value
 
 
 def _matrix(build: LayerBuilder, key: str, array: NDArray[np.float32], branch: ir.Value) -> ir.Value:
-    """The matrix of each sample's branch, float32 [batch, ., .]."""
+    """The matrix of each sample's branch, float32 [batch, ., .]; [., .] where `branch` is one number."""
     stored = build.stored(key, half_where_exact(array).transpose(0, 2, 1))
     matrix = build.op("Gather", stored, branch, name=key, axis=0)
     return matrix if stored.dtype == FLOAT.dtype else build.op("Cast", matrix, name=f"{key}_f32", to=FLOAT.dtype.value)

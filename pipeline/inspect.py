@@ -15,7 +15,7 @@ from export.formats.operands import exact_in
 from pipeline import machine
 from pipeline.build import resolve
 from pipeline.bundle.bundle import load_bundle
-from pipeline.bundle.manifest_schema import Chosen, Counts, Kept, Layer, Target
+from pipeline.bundle.manifest_schema import Chosen, Counts, Kept, Layer, LowRank, Target
 from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.calibrate.plan import LayerPlan, group_multipliers, make_plans
 from pipeline.command import Answer, Parser, Part, Table, add_model_flags, parser, run
@@ -159,13 +159,20 @@ def input_text(row: Layer) -> str:
     'per_tensor 0.25 from -0.17'
     >>> input_text({"low_rank": {"branches": 2, "rank": 8}, "balance": ["input_multiplier"]})
     'per_token, input_multiplier, 2 branches of rank 8'
+    >>> input_text({"low_rank": {"branches": 1, "rank": 16}})
+    'per_token, a branch of rank 16'
     """
     scaling = row.get("activation_scaling", "per_token")
     scaling += f"({row['activation_group']})" if "activation_group" in row else ""
     scaling += f" {row['activation_scale']:.4g}" if "activation_scale" in row else ""
     scaling += f" from {row['activation_zero']:.4g}" if "activation_zero" in row else ""
-    rank = [f"{row['low_rank']['branches']} branches of rank {row['low_rank']['rank']}"] if "low_rank" in row else []
-    return ", ".join([scaling, *row.get("balance", []), *rank])
+    branches = [_low_rank_text(row["low_rank"])] if "low_rank" in row else []
+    return ", ".join([scaling, *row.get("balance", []), *branches])
+
+
+def _low_rank_text(low_rank: LowRank) -> str:
+    count = low_rank["branches"]
+    return f"{'a branch' if count == 1 else f'{count} branches'} of rank {low_rank['rank']}"
 
 
 def tables(document: Document) -> list[Part]:

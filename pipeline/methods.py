@@ -73,6 +73,11 @@ def msfp_scalings(options: Mapping[str, Scalar]) -> tuple[str, ...]:
     return per_tensor(options) if options["mixed_sign"] else as_asked(options)
 
 
+def listed(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """All that the option "activations" names."""
+    return tuple(name for name in str(options["activations"]).split(", ") if name != "per_token")
+
+
 @dataclass(frozen=True)
 class MethodRow:
     """`target` is "module:Class", a subclass of pipeline.calibrate.method.Method.
@@ -80,7 +85,8 @@ class MethodRow:
     observes: "weights" (no data: every layer is a unit by itself) or "blocks" (calibration data runs through the
     float model and the quantized one, block by block). activations: how its layers scale their inputs; targets refuse
     by it, before any work, what they cannot run, so a method that gives its layers another scaling must say so here.
-    steps: does it look at the steps of a sampler? Then it is for denoisers alone.
+    steps: does it look at the steps of a sampler? Then it is for denoisers alone. taken_over: are its layers another
+    program's? Then formats and scales of a recipe say what they are, and do not decide it.
     """
 
     name: str
@@ -90,6 +96,7 @@ class MethodRow:
     observes: Literal["weights", "blocks"] = "blocks"
     activations: Scalings = per_token
     steps: bool = False
+    taken_over: bool = False
 
     def resolve(self, preset: str, chosen: Mapping[str, object]) -> dict[str, Scalar]:
         """Every option's value. Raises RecipeError for an option that the method does not have, or a wrong type."""
@@ -126,6 +133,10 @@ _RANGES = {
     "search": Option("mse", help="range of activations: minmax, percentile or mse"),
 }
 _STATIC = _SEEN | _RANGES
+_SEARCHED = {
+    "granularity": Option("recipe", help='weight scales: "recipe" (groups as published), or "per_channel"'),
+    "rows": _SEEN["rows"],
+}
 _SKEWED = {
     "mean": Option(0.4, help="of the timesteps' normal distribution, in trajectories from the clean end"),
     "deviation": Option(0.4, help="its standard deviation"),
@@ -311,6 +322,22 @@ _ROWS = (
         },
     ),
     MethodRow(
+        "awq",
+        "pipeline.calibrate.methods.awq:Awq",
+        "AWQ: a balance of channels by their mean magnitude, its exponent searched; rounded to nearest",
+        _SEARCHED | {"steps": Option(10, 20, help="exponents that the search tries")},
+    ),
+    MethodRow(
+        "svdquant",
+        "pipeline.calibrate.methods.svdquant:SvdQuant",
+        "SVDQuant: the largest singular values in a float16 branch, behind a searched balance; the rest to nearest",
+        _SEARCHED
+        | {
+            "rank": Option(16, 32, help="of the branch; the authors' is 32, for widths of thousands"),
+            "steps": Option(5, 10, help="balances that the search tries"),
+        },
+    ),
+    MethodRow(
         "msfp",
         "pipeline.calibrate.methods.msfp:Msfp",
         "MSFP: signed or unsigned FP by search, low-rank branches routed by the timestep, tuned with the DFA loss",
@@ -318,8 +345,22 @@ _ROWS = (
         activations=msfp_scalings,
         steps=True,
     ),
+    MethodRow(
+        "modelopt",
+        "pipeline.calibrate.methods.from_modelopt:FromModelopt",
+        "layers that NVIDIA ModelOpt has calibrated, taken over as they are (`calibrate --from-modelopt`)",
+        {
+            "checkpoint": Option("", help="file that modelopt.torch.opt.save wrote", decides=False),
+            "sha256": Option("", help="its hash"),
+            "activations": Option("per_token", help="how the layers scale them, for example per_tensor"),
+        },
+        observes="weights",
+        activations=listed,
+        taken_over=True,
+    ),
 )
 METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}
+COMPUTED = tuple(row.name for row in _ROWS if not row.taken_over)
 
 # calibrate.method = "auto": the first row with at least as many parameters as the model has. Learned rounding takes
 # minutes on a CPU for a model of a few million parameters and hours for PixArt-XL/2 (611 M). Parameters decide and not

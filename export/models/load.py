@@ -33,6 +33,7 @@ from export.models.config import (
 )
 from export.models.description import GENERATION_FILE, Description, sample_inputs
 from export.models.families import FAMILIES, TEXT_PARTS, WITHOUT_HEAD, Config, Family, Half
+from export.models.quantized_files import unread
 from export.models.read_weights import Weights, read_weights
 from export.models.sources import find
 from export.models.transformers_config import completed, config_object, text_part
@@ -220,10 +221,10 @@ def _read_config(path: Path, remedy: str) -> Config:
     if "_class_name" not in config:
         config |= {"_class_name": _transformers_class(config, path)}
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ModelError(
-            f"{path}: quantization_config says that the weights are quantized already ({method}); give the float model"
-        )
+        if what := unread(quantization):
+            fault = f"quantization_config says that the weights are quantized already ({what})"
+            raise ModelError(f"{path}: {fault}; give the float model")
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     name = str(config["_class_name"])
     if name in TEXT_PARTS:
         config = dict(text_part(config, name, path))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from export.errors import ModelError
 from export.formats.operands import ROUNDING
-from export.models import float8
+from export.models import float8, nvfp4
 from export.models.families import Config
 from export.models.original_layouts import LAYOUTS, MARK, WITHOUT_MARK, plain_names, translated
 from export.models.weights import MERGE, WeightsFiles
@@ -40,7 +40,7 @@ HARMLESS = (
     # An empty tensor whose type tells ComfyUI that the weights have scales; each scale is read by its own name.
     (r"scaled_fp8", "says only that weights have scales"),
     # x / s * s = x without the quantizer of activations, which belongs to the run and not to the model.
-    (r".*\.(input_scale|scale_input)", OF_A_RANGE),
+    (r".*\.(input_scale|scale_input|input_global_scale)", OF_A_RANGE),
 )
 # Another name of a tensor -> its own, in files of transformers' encoders: one of the two stands there, or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
@@ -67,7 +67,7 @@ REFUSED = (
         MERGE,
     ),
     (
-        r".*(_amax|_quantizer\..*|_zero_point|zeros|g_idx|comfy_quant|absmax|quant_map|quant_state.*|_scale_2)",
+        r".*(_amax|_quantizer\..*|_zero_point|zeros|g_idx|comfy_quant|absmax|quant_map|quant_state.*|_scale_2|pre_quant_scale)",
         "part of a quantized weight in a form that is not read",
         "give the float model",
     ),
@@ -131,8 +131,8 @@ def read_weights(
 
     config: of the class, with _class_name. positions: the table of positions that the class computes, or None.
     absent: parts of the class that the model does without, whose tensors are ignored.
-    Tensors keep the file's type and stay mapped, but float8 becomes fp16 (float32 with scales). Names of the models'
-    own repositories, and prefixes of wrappers, are understood. Raises ModelError naming the file and the tensor.
+    Tensors keep the file's type and stay mapped, but float8 becomes fp16 (float32 with scales), NVFP4 float32. Names of
+    the models' own repositories, and prefixes of wrappers, are understood. Raises ModelError naming file and tensor.
     """
     import torch
 
@@ -204,11 +204,29 @@ def _add(named: dict[str, Stored], name: str, row: Stored) -> None:
     named[name] = row
 
 
-# --- float8 --------------------------------------------------------------------------------------------------------
+# --- float8 and NVFP4 ----------------------------------------------------------------------------------------------
+
+
+def _without_blocks(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Codes and scales of NVFP4 weights as one float32 weight."""
+    weights = dict(stored)
+    for name, row in stored.items():
+        if not (parts := nvfp4.stored_parts(name)):
+            continue
+        weight, *of_block = parts
+        codes, blocks = (stored[part].tensor if part in stored else None for part in of_block)
+        if problem := nvfp4.problem(codes, blocks, row.tensor):
+            raise ModelError(f"{row.path}: tensor {row.key} is a scale of NVFP4 and {problem}; give the float model")
+        assert codes is not None and blocks is not None
+        for part in (name, *of_block):
+            del weights[part]
+        _add(weights, weight, Stored(row.path, row.key, nvfp4.dequantized(codes, blocks, row.tensor, name)))
+    return weights
 
 
 def _without_scales(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Scales multiplied into their float8 weights; other float8 weights widened."""
+    """Scales multiplied into their float8 and NVFP4 weights; other float8 weights widened."""
+    stored = _without_blocks(stored)
     weights = dict(stored)
     for name, row in stored.items():
         if weight_name := float8.weight_of_scale(name):
@@ -257,7 +275,9 @@ def _harmless(name: str, row: Stored, positions: torch.Tensor | None, keys: Cont
     if re.fullmatch(PLACES, name) and row.tensor.flatten().tolist() == list(range(row.tensor.numel())):
         return "the places of tokens from 0 on"
     why = next((why for pattern, why in HARMLESS if re.fullmatch(pattern, name)), None)
-    return None if why == OF_A_RANGE and f"{row.key.rpartition('.')[0]}.weight" not in keys else why
+    layer = row.key.rpartition(".")[0]
+    weighs = f"{layer}.weight" in keys or f"{layer}.weight_packed" in keys
+    return None if why == OF_A_RANGE and not weighs else why
 
 
 def _same_table(tensor: torch.Tensor, table: torch.Tensor) -> bool:

@@ -123,7 +123,7 @@ class FakeQuantLinear(nn.Module):
         self.layer_name, self.in_features, self.out_features = layer.name, layer.in_features, layer.out_features
         self.activation_format = get_format(layer.activation_format)
         self.activation_scaling, self.activation_group = layer.activation_scaling, layer.activation_group
-        self.routing = Routing(layer.router) if routing is None and layer.router is not None else routing
+        self.routing = None if layer.router is None else routing or Routing(layer.router)
         for key in FLOAT_ARRAYS:
             array = getattr(layer, key)
             value = None if array is None else torch.from_numpy(array).to(dtype)
@@ -198,8 +198,9 @@ class FakeQuantLinear(nn.Module):
         return fake_quantize(self.activation_format, balanced)
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """lora_up[h] @ (lora_down[h] @ x) for x [B, ..., K], h by the timestep of each sample."""
-        assert self.routing is not None
+        """lora_up[h] @ (lora_down[h] @ x) for x [B, ..., K], h by the timestep of each sample, or the only one."""
+        if self.routing is None:
+            return x @ self.get_buffer("lora_down")[0].mT @ self.get_buffer("lora_up")[0].mT
         chosen = self.routing.of_batch(len(x), self.layer_name)
         down, up = self.get_buffer("lora_down")[chosen], self.get_buffer("lora_up")[chosen]  # [B, R, K], [B, N, R]
         rows = x.reshape(len(x), -1, self.in_features)

@@ -62,14 +62,15 @@ class InputMap:
         shifted = None if bias is None else bias.detach().float().numpy()
         if self.offset is not None:
             shifted = (0.0 if shifted is None else shifted) - divided.astype(np.float64) @ self.offset
-        return replace(plan, linear=replace(plan.linear, module=_linear(divided, shifted)))
+        return replace(plan, linear=replace(plan.linear, module=linear_of(divided, shifted)))
 
     def layer(self, layer: QuantizedLinear) -> QuantizedLinear:
         """A layer quantized from `self.plan(...)`, for x as input again."""
         return replace(layer, input_multiplier=self.multiplier, input_offset=self.offset)
 
 
-def _linear(weight: F32, bias: NDArray[np.floating] | None) -> torch.nn.Linear:
+def linear_of(weight: F32, bias: NDArray[np.floating] | None) -> torch.nn.Linear:
+    """A linear with this weight [N, K], which is not copied, and bias [N]."""
     linear = torch.nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
     linear.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
     if bias is not None:

@@ -29,6 +29,9 @@ LEARNING_ACTIVATIONS = 2
 RANGE_ARRAYS = 6
 # Float64 arrays [K, K] of GPTQ: H, permuted, damped, its inverse, the factor, a solver's copy; arrays [K, N]: 3.
 HESSIAN_ARRAYS, GPTQ_WEIGHTS = 6, 3
+# Float64 arrays [N, K] while a balance is searched: the balanced weight and its copy, both sides of its singular
+# values, their product, the rest, and the best and the tried layers of all that read one tensor.
+SEARCHED_WEIGHTS = 8
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ def tuning_bytes(sizes: Sizes, batch: int) -> int:
 def gptq_bytes(block: BlockSize) -> int:
     """What GPTQ holds at the layer where it is most."""
     return F64 * max(HESSIAN_ARRAYS * one.k**2 + GPTQ_WEIGHTS * one.n * one.k for one in block.layers)
+
+
+def searched_bytes(block: BlockSize) -> int:
+    """What a search of balances holds beside its rows, at the layer where it is most."""
+    return F64 * SEARCHED_WEIGHTS * max(one.n * one.k for one in block.layers)
 
 
 def measure(

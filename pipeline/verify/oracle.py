@@ -467,11 +467,16 @@ def _low_rank_error(layer: QuantizedLinear, probe: LinearProbe) -> float:
     Two float32 sums in a row, of K and of R products, are off by at most (K + R) roundings of the sum of all
     magnitudes. Tokens whose timestep float32 may route either way are left out.
     """
-    if layer.router is None or layer.lora_down is None or layer.lora_up is None:
+    if layer.lora_down is None or layer.lora_up is None:
         return 0.0 if probe.low_rank is None else math.inf
-    if probe.low_rank is None or probe.timesteps is None:
+    if probe.low_rank is None:
         return math.inf
-    chosen, decided = layer.router.choose(probe.timesteps), ~layer.router.undecided(probe.timesteps)
+    if layer.router is None:
+        chosen, decided = np.zeros(len(probe.x), np.int64), np.ones(len(probe.x), bool)
+    elif probe.timesteps is None:
+        return math.inf
+    else:
+        chosen, decided = layer.router.choose(probe.timesteps), ~layer.router.undecided(probe.timesteps)
     worst = 0.0
     for h in np.unique(chosen):
         rows = (chosen == h) & decided

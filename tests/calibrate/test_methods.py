@@ -11,7 +11,7 @@ from pipeline.backends.cuda import CudaBackend
 from pipeline.backends.rtx import RtxOptions
 from pipeline.backends.rtx import build as rtx_build
 from pipeline.backends.trt import build as trt_build
-from pipeline.methods import AUTO, METHODS, activation_scalings
+from pipeline.methods import AUTO, COMPUTED, METHODS, activation_scalings
 from tests.support import observed
 
 QUICK = {"iterations": 2, "step_iterations": 2, "group_sizes": "", "use_lora": False, "rows": 8}
@@ -26,7 +26,7 @@ ASKED: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "g4w_p4a": ({"granularity": "recipe"},),  # groups of 128 do not fit the small block
 }
-CASES = [(name, options) for name in METHODS for options in ASKED.get(name, ({},))]
+CASES = [(name, options) for name in COMPUTED for options in ASKED.get(name, ({},))]
 
 
 @pytest.mark.fast

@@ -17,7 +17,7 @@ from pipeline.backends import BACKENDS
 from pipeline.backends.base import Engine, LoweredGraph
 from pipeline.calibrate import calibrate
 from pipeline.generate import case as picture_case
-from pipeline.methods import METHODS
+from pipeline.methods import COMPUTED, METHODS
 from pipeline.recipe import Recipe
 from pipeline.verify.effort import LARGE_INSIDE, Effort
 from pipeline.verify.proof import verify_target
@@ -40,7 +40,7 @@ SETTINGS = (
 FEW = {"iterations": 3, "step_iterations": 2, "batch": 2, "rows": 16, "lora_rank": 2}
 GROUPS = ("weights.granularity=group",)
 # Method and what its recipe sets beside; real scales per group wherever a method has them.
-CASES: dict[str, tuple[str, tuple[str, ...]]] = {name: (name, ()) for name in METHODS} | {
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {name: (name, ()) for name in COMPUTED} | {
     "fp4dit, groups": ("fp4dit", GROUPS),
     "qdit, per token": ("qdit", (*GROUPS, "calibrate.options.activations=per_token")),
 }

@@ -156,7 +156,8 @@ def learned_layers() -> list[QuantizedLinear]:
     balanced = [learned.with_balance(layer(seed=3)), learned.with_balance(layer(seed=4), offset=False)]
     scaled = [learned.with_scaling(layer(seed=i), name) for i, name in enumerate(("per_tensor", "zero", "token_group"))]
     every = learned.with_low_rank(learned.with_balance(learned.with_scaling(layer(seed=6), "zero")), of)
-    return [*scaled, *balanced, learned.with_low_rank(layer(seed=5, bias=False), of), every, layer(seed=7)]
+    low_rank = [learned.with_low_rank(layer(seed=5, bias=False), of), learned.with_low_rank(layer(seed=8), None)]
+    return [*scaled, *balanced, *low_rank, every, layer(seed=7)]
 
 
 def test_round_trip_of_what_methods_learn(tmp_path: Path) -> None:
@@ -324,8 +325,9 @@ LEARNED_RULES: dict[str, tuple[QuantizedLinear, dict[str, Any], str]] = {
     ),
     "short multiplier": (GOOD, {"input_multiplier": ONE}, r"input_multiplier is float32 \(1,\); it must be .* \(24,\)"),
     "Inf offset": (GOOD, {"input_offset": np.full(K, np.inf, np.float32)}, "input_offset has NaN or Inf; calibrate"),
-    "half a branch": (ROUTED, {"lora_up": None}, "lora_up is missing; low-rank branches need lora_down, lora_up and"),
-    "no router": (ROUTED, {"router": None}, "router is missing; low-rank branches need"),
+    "half a branch": (ROUTED, {"lora_up": None}, "lora_up is missing; low-rank branches need lora_down and"),
+    "no branch": (ROUTED, {"lora_down": None, "lora_up": None}, "lora_down is missing; low-rank branches need"),
+    "no router": (ROUTED, {"router": None}, r"has shape \(3, 2, 24\) and there is no router; only one branch"),
     "other branches": (
         ROUTED,
         {"router": learned.router(branches=2)},

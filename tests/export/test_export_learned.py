@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -35,6 +36,7 @@ CASES = {
     "multiplier": lambda one: learned.with_balance(one, offset=False),
     "branches": lambda one: learned.with_low_rank(one, learned.router()),
     "halves": lambda one: learned.with_low_rank(one, learned.router(), half=True),
+    "only branch": lambda one: learned.with_low_rank(one, None, half=True),
     "everything": lambda one: learned.with_low_rank(
         learned.with_balance(learned.with_scaling(one, "zero")), learned.router()
     ),
@@ -78,6 +80,28 @@ def test_inputs_without_a_row_axis(what: str) -> None:
     (output,) = run(flat, {"x": x[:, 0], "timestep": TIMES})
     (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
     np.testing.assert_allclose(output, expected[:, 0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["float[batch,64] x", "float[a,b,c,64] x"])
+def test_a_branch_without_router_takes_any_axes_and_no_timestep(shape: str) -> None:
+    layer, x = CASES["only branch"](random_linear()), grid_input(tokens=4)
+    shaped = x[:, 0] if "batch" in shape else x.reshape(3, 2, 2, 64)
+    (output,) = run(portable(ONE, [layer], shape, f"float[{shape.split('[')[1].split(',64')[0]},16] y"), {"x": shaped})
+    (expected,) = run(portable(ONE, [layer], INPUTS), {"x": x, "timestep": TIMES})
+    flat = expected[:, 0] if "batch" in shape else expected
+    np.testing.assert_allclose(output.reshape(flat.shape), flat, rtol=1e-6, atol=1e-6)
+
+
+def test_a_branch_without_router_is_read_back_beside_routed_ones(tmp_path: Path) -> None:
+    of = learned.router()
+    layers = [learned.with_low_rank(random_linear("a"), of), learned.with_low_rank(random_linear("b", seed=1), None)]
+    body = 'u = fpq.QuantizedLinear <layer="a"> (x) v = fpq.QuantizedLinear <layer="b"> (x) y = Add(u, v)'
+    ir.save(portable(body, layers, INPUTS), tmp_path / "model.onnx")
+    back = {layer.name: layer for layer in read_layers(tmp_path / "model.onnx")}
+    for layer in layers:
+        assert back[layer.name].router == layer.router
+        for key in ("lora_down", "lora_up"):
+            np.testing.assert_array_equal(getattr(back[layer.name], key), getattr(layer, key))
 
 
 def test_integer_timesteps_are_converted() -> None:

@@ -191,6 +191,74 @@ def test_float8_with_scales_is_their_product(pixart, name, shape):
     assert len(model.ignored) == 21 and "scaled_fp8" in model.ignored
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+# Names of the parts of an NVFP4 weight: codes, scales of blocks, global scale, and the range of the layer's input.
+NVFP4 = {
+    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+}
+
+
+def in_nvfp4(state: State, names: tuple[str, ...]) -> State:
+    """The state with random codes and scales in the place of all matrices."""
+    parts: State = {}
+    for seed, key in enumerate(matrices(state)):
+        generator = torch.Generator().manual_seed(seed)
+        n, k = state.pop(key).shape
+        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator)
+        blocks = (torch.rand(n, k // 16, generator=generator) * 400 + 1).to(torch.float8_e4m3fn)
+        whole = torch.tensor([3e-5 * (seed + 1)])
+        values = (codes, blocks, 1 / whole if "global" in names[2] else whole, torch.tensor(3.0))
+        parts |= {key.removesuffix("weight") + name: value for name, value in zip(names, values, strict=True)}
+    return state | parts
+
+
+@pytest.mark.parametrize("kind", NVFP4)
+def test_nvfp4_is_the_product_of_code_and_scales(pixart, kind):
+    names = NVFP4[kind]
+    change(pixart, lambda state: in_nvfp4(state, names))
+    state, model = load_file(pixart / WEIGHTS), load(str(pixart))
+    loaded = model.module.state_dict()
+    layers = [key.removesuffix(names[2]) for key in state if key.endswith(names[2])]
+    assert len(layers) == 20 and len(model.ignored) == 20
+    for layer in layers:
+        codes, blocks, whole = (state[layer + name] for name in names[:3])
+        scale = blocks.float() / whole if kind == "compressed-tensors" else blocks.float() * whole
+        for column in (0, 1, 17, 63):
+            code = codes[:, column // 2].long() >> (4 * (column % 2)) & 15
+            expected = E2M1[code] * scale[:, column // 16]
+            assert torch.equal(loaded[f"{layer}weight"][:, column], expected)
+
+
+NVFP4_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "lost scales": ({"weight_scale": None}, "goes with scales of blocks that the file has not"),
+    "lost codes": ({"weight": None}, "goes with codes that the file has not"),
+    "wide codes": (
+        {"weight": torch.ones(64, 64)},
+        r"codes that are torch.float32 \(64, 64\), not bytes of two",
+    ),
+    "other blocks": (
+        {"weight_scale": torch.ones(64, 2).to(torch.float8_e4m3fn)},
+        r"scales of blocks that are torch.float8_e4m3fn \(64, 2\), not float8_e4m3fn \(64, 4\)",
+    ),
+    "two global scales": ({"weight_scale_2": torch.ones(2)}, r"is torch.float32 \(2,\), not one number"),
+    "negative": ({"weight_scale_2": torch.tensor(-1.0)}, "is not finite and positive"),
+}
+
+
+@pytest.mark.parametrize("fault", NVFP4_FAULTS)
+def test_parts_that_are_no_nvfp4_weight(pixart, fault):
+    parts, message = NVFP4_FAULTS[fault]
+
+    def edit(state: State) -> State:
+        changed = in_nvfp4(state, NVFP4["modelopt"]) | {f"{ATTENTION}.to_q.{key}": part for key, part in parts.items()}
+        return {key: value for key, value in changed.items() if value is not None}
+
+    change(pixart, edit)
+    with pytest.raises(ModelError, match=rf"to_q.weight_scale_2 is a scale of NVFP4 and .*{message}; give the float"):
+        load(str(pixart))
+
+
 @pytest.mark.parametrize("kind", ["float8_e8m0fnu", "float4_e2m1fn_x2", "uint8", "bool", "complex64"])
 def test_types_that_are_no_weights(pixart, kind):
     """Packed types hold two numbers in an element; this one has the right number of elements."""
@@ -268,6 +336,7 @@ REFUSED = {
     "transformer_blocks.2.ff.net.2.weight": "a layer beyond config.json's num_layers of 2; correct num_layers",
     f"{ATTENTION}.to_q.weight_scale_inv": "a scale that no weight of the file goes with; give the float model",
     f"{ATTENTION}.to_q.weight_quantizer._amax": "part of a quantized weight in a form that is not read; give the float",
+    f"{ATTENTION}.to_q.pre_quant_scale": "part of a quantized weight in a form that is not read; give the float model",
     "nothing.input_scale": "a scale that no weight of the file goes with; give the float model",
     f"{ATTENTION}.to_q.input_amax": "part of a quantized weight in a form that is not read; give the float model",
     f"ema.{ATTENTION}.to_q.bias": "a tensor of the model under the prefix 'ema.', which not all of its tensors have",
@@ -309,12 +378,43 @@ def test_no_bias_is_denied_by_a_configuration_that_has_them(pixart):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "words"), [({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "unknown"), ("modelopt", "modelopt")]
+    ("quantization", "words"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"bits": 4}, "unknown"),
+        ("modelopt", "modelopt"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt, quant_algo W4A8_AWQ"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "compressed-tensors, format pack-quantized",
+        ),
+        ({"quant_method": ["modelopt"]}, r"\['modelopt'\]"),
+    ],
 )
 def test_configuration_of_a_quantized_model(pixart, quantization, words):
     configure(pixart, quantization_config=quantization)
     with pytest.raises(ModelError, match=rf"says that the weights are quantized already \({words}\); give the float"):
         load(str(pixart))
+
+
+TRANSFORMED = {"format": "nvfp4-pack-quantized", "transform_config": {"config_groups": {"R1": {}}}}
+
+
+def test_a_configuration_with_rotations_is_refused(pixart):
+    change(pixart, lambda state: in_nvfp4(state, NVFP4["compressed-tensors"]))
+    configure(pixart, quantization_config={"quant_method": "compressed-tensors"} | TRANSFORMED)
+    with pytest.raises(ModelError, match=r"quantized already \(compressed-tensors, with transform_config\); give"):
+        load(str(pixart))
+
+
+@pytest.mark.parametrize("kind", NVFP4)
+def test_checkpoints_of_both_programs_are_read(pixart, kind):
+    """With the configuration that lies beside them, which changes nothing."""
+    change(pixart, lambda state: in_nvfp4(state, NVFP4[kind]))
+    plain = load(str(pixart))
+    said = {"modelopt": {"quant_algo": "NVFP4"}, "compressed-tensors": {"format": "nvfp4-pack-quantized"}}
+    configure(pixart, quantization_config={"quant_method": kind, **said[kind]})
+    assert_same(load(str(pixart)), plain)
 
 
 def test_a_tensor_in_two_shards(tmp_path):

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from benchmarks.tools.environments import WAITED_S
 from export.cache_folder import cache_folder
-from tests.support.environments import WAITED_S, without_xdist
+from tests.support.environments import without_xdist
 
 SOURCE = Path(__file__).with_name("cuda_stand_in.c")
 ROOT = SOURCE.parents[2]

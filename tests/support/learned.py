@@ -51,11 +51,13 @@ def with_balance(layer: QuantizedLinear, seed: int = 0, offset: bool = True) -> 
 
 
 def with_low_rank(
-    layer: QuantizedLinear, of: Router, seed: int = 0, rank: int = RANK, half: bool = False
+    layer: QuantizedLinear, of: Router | None, seed: int = 0, rank: int = RANK, half: bool = False
 ) -> QuantizedLinear:
-    """The layer with random low-rank branches; half: of numbers that float16 holds."""
+    """The layer with random low-rank branches, or a single one where there is no router; half: of numbers that float16
+    holds."""
     rng = np.random.default_rng([seed, 2])
-    shapes = ((of.branches, rank, layer.in_features), (of.branches, layer.out_features, rank))
+    branches = 1 if of is None else of.branches
+    shapes = ((branches, rank, layer.in_features), (branches, layer.out_features, rank))
     down, up = (rng.normal(scale=0.05, size=shape).astype(np.float16 if half else np.float32) for shape in shapes)
     return replace(layer, lora_down=down.astype(np.float32), lora_up=up.astype(np.float32), router=of)
 
@@ -82,7 +84,7 @@ def expected_output(layer: QuantizedLinear, x: Any, timesteps: Any) -> Any:
                 rounded[start : start + group] = decode(fmt, quantize(fmt, u)) * scale + zero
             y = weight @ rounded + (0 if layer.bias is None else layer.bias.astype(np.float64))
             if layer.lora_down is not None:
-                h = layer.router.choose([timesteps[b]])[0]
+                h = 0 if layer.router is None else layer.router.choose([timesteps[b]])[0]
                 y = y + layer.lora_up[h].astype(np.float64) @ (layer.lora_down[h].astype(np.float64) @ token)
             output[b, s] = y
     return output

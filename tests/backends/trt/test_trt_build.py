@@ -140,7 +140,7 @@ def test_what_the_builder_is_asked_for(lowered: LoweredGraph, builder: Builder, 
 def test_the_builders_graph_is_kept_beside_the_engine(lowered: LoweredGraph, builder: Builder, tmp_path: Path) -> None:  # noqa: F811
     recipe, folder = Recipe("t", "zoo:pixart_mini").with_options(TrtOptions()), tmp_path / "trt"
     folder.mkdir()
-    result = trt_build.build(lowered, folder, 90, recipe.sampling.batch_size, "auto")
+    result = trt_build.build(lowered, folder, TrtOptions(), 90, recipe.sampling.batch_size)
     assert {"trt/model.engine", "trt/model.onnx", "trt/model.onnx.data"} < set(result.files)
     assert result.metadata["compute_capabilities"] == [90]
     assert TrtBackend().kept_problem(folder, lowered, recipe) is None

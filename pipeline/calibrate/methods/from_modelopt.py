@@ -1,0 +1,39 @@
+"""The method "modelopt": the layers of a model that NVIDIA ModelOpt has calibrated, taken over as they are.
+
+It computes nothing of its own: see pipeline/calibrate/modelopt/layers.py for what is taken over and what is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from export.checkpoint import QuantizedLinear
+from export.documents import sha256
+from export.errors import RecipeError
+from pipeline.calibrate.method import Context, Method, Unit
+from pipeline.calibrate.modelopt.layers import Taken
+from pipeline.calibrate.modelopt.state import read_state
+
+
+class FromModelopt(Method):
+    """Options: checkpoint (a file of mto.save), sha256 (its hash, which decides the layers), activations."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        name, expected = (str(context.options[key]) for key in ("checkpoint", "sha256"))
+        if not name:
+            raise RecipeError(
+                "calibrate.options.checkpoint of modelopt is empty: the layers were made in Python; give the folder "
+                "that they are in (build --checkpoint DIR)"
+            )
+        path = Path(name)
+        state = read_state(path)
+        found = sha256(path, RecipeError)
+        if expected and found != expected:
+            raise RecipeError(
+                f"{path} has the hash {found}, not {expected}; take it over anew (calibrate --from-modelopt)"
+            )
+        self.taken = Taken(context.model, state)
+
+    def quantize(self, unit: Unit) -> list[QuantizedLinear]:
+        return [self.taken.layer(plan.name) for plan in unit.plans]

@@ -1,0 +1,370 @@
+"""What NVIDIA ModelOpt calibrated becomes layers of ours: number for number where the formats are the same, and refused
+with the quantizer's name where they are not. States are made by hand here; test_modelopt_itself.py runs ModelOpt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export import checkpoint
+from export.errors import EnvironmentLacksError, ModelError, RecipeError
+from export.models.load import LoadedModel, load
+from pipeline import recipe as recipes
+from pipeline.calibrate import __main__ as command
+from pipeline.calibrate import adopt, calibrate
+from pipeline.calibrate.modelopt import backend
+from pipeline.calibrate.modelopt.layers import Taken
+from pipeline.calibrate.modelopt.rounding import (
+    Refused,
+    WeightRounding,
+    input_rounding,
+    own_weight,
+    weight_rounding,
+)
+from pipeline.calibrate.modelopt.state import State, read_state
+from pipeline.calibrate.modelopt.take_over import RECIPE_FILE, recipe_of_file
+from tests.support import tiny
+
+FP8 = {"_num_bits": (4, 3), "_axis": 0, "_fake_quant": True, "_if_quant": True}
+FP8_INPUT = FP8 | {"_axis": None}
+INT4_GROUPS = FP8 | {"_num_bits": 4, "_axis": (0,), "_block_sizes": {-1: 16}, "_narrow_range": True}
+TOKEN = FP8 | {"_dynamic": True, "_axis": (0, 1)}
+OFF = {"_disabled": True}
+
+
+def own(role: str, **arguments: Any) -> dict[str, Any]:
+    """Settings of a quantizer of our backend."""
+    return FP8 | {"backend": "ditc", "backend_extra_args": {"role": role, **arguments}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(str(tiny.folder("pixart", tmp_path_factory.mktemp("modelopt"))))
+
+
+def state(model: LoadedModel, weight: dict[str, Any] = FP8, activation: dict[str, Any] = FP8_INPUT) -> State:
+    """A state in which all linears have quantizers with these settings, and the amax that goes with them."""
+    tensors = {name: tensor.float() for name, tensor in model.module.state_dict().items()}
+    quantizers: dict[str, Any] = {}
+    for linear in model.linears():
+        w = tensors[f"{linear.name}.weight"]
+        blocks = (weight.get("_block_sizes") or {}).get(-1)
+        amax = w.reshape(-1, blocks or w.shape[1]).abs().amax(1, keepdim=True)
+        tensors[f"{linear.name}.weight_quantizer._amax"] = amax
+        tensors[f"{linear.name}.input_quantizer._amax"] = torch.tensor(3.5)
+        quantizers |= {f"{linear.name}.weight_quantizer": weight, f"{linear.name}.input_quantizer": activation}
+        quantizers[f"{linear.name}.output_quantizer"] = OFF
+    return State(tensors, quantizers, "state")
+
+
+def saved(state: State, path: Path, mode: str = "max_calibrate") -> Path:
+    """The file that ModelOpt writes of it."""
+    modes = [
+        ("quantize", {"metadata": {"quantizer_state": {}}}),
+        (mode, {"metadata": {"quantizer_state": state.quantizers}}),
+    ]
+    torch.save({"modelopt_state": {"modelopt_state_dict": modes}, "model_state_dict": state.tensors}, path)
+    return path
+
+
+def by_modelopt(w: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's E4M3, as its fp8_eager computes it."""
+    scale = 448.0 / amax
+    return (w * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * (1 / scale)
+
+
+def test_e4m3_is_what_modelopt_multiplies_with(model: LoadedModel) -> None:
+    given = state(model)
+    for linear in model.linears():
+        layer = Taken(model, given).layer(linear.name)
+        w, amax = (given.tensors[f"{linear.name}.{key}"] for key in ("weight", "weight_quantizer._amax"))
+        np.testing.assert_array_equal(layer.dequantized().astype(np.float32), by_modelopt(w, amax).numpy())
+        assert (layer.weight_format, layer.activation_scaling, layer.granularity) == (
+            "E4M3",
+            "per_tensor",
+            "per_channel",
+        )
+        assert layer.activation_scale == np.float32(3.5) / np.float32(448)
+
+
+def test_one_amax_for_the_tensor_serves_all_channels(model: LoadedModel) -> None:
+    given, name = state(model), model.linears()[0].name
+    tensors = {**given.tensors, f"{name}.weight_quantizer._amax": torch.tensor(0.7)}
+    layer = Taken(model, replace(given, tensors=tensors)).layer(name)
+    np.testing.assert_array_equal(
+        layer.dequantized().astype(np.float32), by_modelopt(tensors[f"{name}.weight"], torch.tensor(0.7)).numpy()
+    )
+
+
+def test_integers_in_groups_have_the_same_codes(model: LoadedModel) -> None:
+    """ModelOpt divides by what we multiply with: two roundings of difference."""
+    given, name = state(model, INT4_GROUPS, FP8 | {"_num_bits": 8, "_axis": None}), model.linears()[0].name
+    layer = Taken(model, given).layer(name)
+    w, amax = given.tensors[f"{name}.weight"], given.tensors[f"{name}.weight_quantizer._amax"]
+    scale = torch.tensor(7.0) / amax
+    codes = (w.reshape(-1, 16) * scale).round().clamp(-7, 7)
+    np.testing.assert_array_equal(layer.integers().reshape(-1, 16), codes.numpy())
+    np.testing.assert_allclose(layer.dequantized(), (codes / scale).reshape(w.shape).numpy(), rtol=2.0**-22)
+    assert (layer.granularity, layer.group_size, layer.activation_format) == ("group", 16, "INT8")
+
+
+def test_a_lowest_integer_that_ours_has_not_is_refused(model: LoadedModel) -> None:
+    given, name = state(model, INT4_GROUPS | {"_narrow_range": False}), model.linears()[0].name
+    key = f"{name}.weight_quantizer._amax"
+    clipped = replace(given, tensors={**given.tensors, key: given.tensors[key] / 2})
+    with pytest.raises(RecipeError, match=rf"{name}.weight_quantizer rounds to -8, which INT4 has not; set"):
+        Taken(model, clipped).layer(name)
+
+
+def test_a_dead_channel_is_zero(model: LoadedModel) -> None:
+    """Its scale may be any: ModelOpt takes 448 and 0."""
+    for settings in (FP8, FP8 | {"_num_bits": 8}):
+        given, name = state(model, settings), model.linears()[0].name
+        weight, amax = (given.tensors[f"{name}.{key}"].clone() for key in ("weight", "weight_quantizer._amax"))
+        weight[3], amax[3] = 0, 0
+        changed = {f"{name}.weight": weight, f"{name}.weight_quantizer._amax": amax}
+        layer = Taken(model, replace(given, tensors={**given.tensors, **changed})).layer(name)
+        assert not layer.dequantized()[3].any() and layer.dequantized()[2].any()
+
+
+def test_balance_and_low_rank_branch_are_taken_over(model: LoadedModel) -> None:
+    """The branch reads the balanced input there, and the input itself here."""
+    given, linear = state(model), model.linears()[0]
+    n, k = linear.module.weight.shape
+    scale, down, up = torch.rand(k) + 0.5, torch.randn(4, k), torch.randn(n, 4)
+    parts = {"input_quantizer._pre_quant_scale": scale, "weight_quantizer._svdquant_lora_a": down}
+    parts["weight_quantizer._svdquant_lora_b"] = up
+    named = {f"{linear.name}.{key}": tensor for key, tensor in parts.items()}
+    layer = Taken(model, replace(given, tensors={**given.tensors, **named})).layer(linear.name)
+    assert layer.input_multiplier is not None and layer.lora_down is not None and layer.lora_up is not None
+    np.testing.assert_array_equal(layer.input_multiplier, scale.numpy())
+    np.testing.assert_array_equal(layer.lora_down[0], (down * scale).numpy())
+    np.testing.assert_array_equal(layer.lora_up[0], up.numpy())
+    assert layer.router is None
+
+
+WEIGHTS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "NVFP4": (
+        {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}},
+        "has scales that are rounded themselves (E2M1, NVFP4 and its like)",
+    ),
+    "MXFP4": (
+        {"_num_bits": (2, 1), "_dynamic": True, "_block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}},
+        "has scales that are rounded themselves (E2M1, an MX format)",
+    ),
+    "blocks of rows": ({"_block_sizes": {-1: 128, -2: 128}}, "has blocks of {-1: 128, -2: 128}; weights have groups"),
+    "other axis": ({"_axis": 1}, "has a scale for each of the axes 1; weights have one"),
+    "5 bits": ({"_num_bits": 5}, "rounds to 5 bits; of ModelOpt's own there are E4M3, INT4, INT6 and INT8"),
+    "E5M2": ({"_num_bits": (5, 2)}, "rounds to E5M2"),
+    "dynamic": ({"_dynamic": True}, "rounds weights with scales found at run time, E4M3"),
+    "rotated": ({"_rotate": {"enable": True}}, "rotates its tensor"),
+    "affine": ({"_bias": {-1: None}}, "has a bias (affine quantization)"),
+    "compressed": ({"_fake_quant": False}, "holds a compressed weight; save before mtq.compress"),
+    "sequence": ({"is_sequential_quantizer": True}, "is a sequence of quantizers"),
+    "backend": ({"backend": "psx"}, "runs the backend 'psx'"),
+    "unfinished": ({"_if_calib": True}, "does not quantize now; finish the calibration"),
+    "LSQ": ({"_lsq": True}, "learns its scales"),
+    "constant": ({"_use_constant_amax": True}, "has a constant instead of a calibrated amax"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", WEIGHTS_REFUSED)
+def test_weights_without_an_equal_are_refused(case: str) -> None:
+    settings, words = WEIGHTS_REFUSED[case]
+    with pytest.raises(Refused) as caught:
+        weight_rounding(FP8 | settings)
+    assert str(caught.value).startswith(words)
+
+
+INPUTS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unsigned": ({"_unsigned": True}, "rounds to unsigned integers"),
+    "channels": ({"_axis": -1}, "has calibrated scales per channel or block of its input"),
+    "blocks": ({"_block_sizes": {-1: 64}}, "has calibrated scales per channel or block"),
+    "run time, all tokens": ({"_dynamic": True, "_axis": None}, "finds scales at run time in blocks, or one for all"),
+    "run time, blocks": (
+        {"_dynamic": True, "_block_sizes": {-1: 32, "type": "dynamic"}},
+        "finds scales at run time in",
+    ),
+    "weight's role": (own("weight", format="E2M1"), "has the role 'weight' of our backend where 'input' belongs"),
+    "no format": (own("input", format="E9M9"), "has format 'E9M9'"),
+    "group": (own("input", format="E2M3", group_size=-1), "has group_size -1"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", INPUTS_REFUSED)
+def test_inputs_without_an_equal_are_refused(case: str) -> None:
+    settings, words = INPUTS_REFUSED[case]
+    with pytest.raises(Refused) as caught:
+        input_rounding(FP8_INPUT | settings)
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.fast
+def test_inputs_with_an_equal() -> None:
+    before_the_first_call = {"_dynamic": True, "_axis": None, "_block_sizes": {-1: None, "type": "dynamic"}}
+    for settings, scaling in (
+        (FP8_INPUT, "per_tensor"),
+        (TOKEN, "per_token"),
+        (FP8 | before_the_first_call, "per_token"),
+    ):
+        assert input_rounding(settings).scaling == scaling
+    assert input_rounding(own("input", format="E2M3", group_size=32)).group_size == 32
+
+
+def test_the_message_names_the_quantizer(model: LoadedModel) -> None:
+    given, name = state(model), model.linears()[1].name
+    for settings, message in (
+        (FP8 | {"_num_bits": 5}, rf"state: {name}.weight_quantizer rounds to 5 bits"),
+        (
+            OFF,
+            rf"{name}.weight_quantizer is disabled and .*; enable it, or --set 'keep=\[\"{name}\"\]' keeps it in float",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Taken(model, replace(given, quantizers={**given.quantizers, f"{name}.weight_quantizer": settings}))
+
+
+@pytest.mark.parametrize("path", ["transformer_blocks.0.attn1.q_bmm_quantizer", "proj_out.weight_quantizer"])
+def test_quantizers_of_what_stays_in_float_are_refused(path: str, model: LoadedModel) -> None:
+    given = state(model)
+    with pytest.raises(RecipeError, match=rf"state: {path} is enabled, which has no place here: inputs and"):
+        Taken(model, replace(given, quantizers={**given.quantizers, path: FP8}))
+    Taken(model, replace(given, quantizers={**given.quantizers, path: OFF}))
+
+
+def test_a_missing_amax_is_refused(model: LoadedModel) -> None:
+    given, key = state(model), f"{model.linears()[0].name}.input_quantizer._amax"
+    tensors = {name: tensor for name, tensor in given.tensors.items() if name != key}
+    with pytest.raises(RecipeError, match="input_quantizer has no amax; calibrate it with a forward loop"):
+        Taken(model, replace(given, tensors=tensors))
+
+
+STRAY: dict[str, tuple[str, torch.Tensor, str]] = {
+    "negative": ("weight_quantizer._amax", torch.tensor(-1.0), "has an amax that is negative, NaN or Inf"),
+    "NaN": ("input_quantizer._amax", torch.tensor(torch.nan), "has an amax that is negative, NaN or Inf"),
+    "half a branch": ("weight_quantizer._svdquant_lora_a", torch.ones(4, 64), "has one of SVDQuant's two matrices"),
+    "weight's scale": ("weight_quantizer._pre_quant_scale", torch.ones(64), "has a pre_quant_scale; only inputs"),
+    "output's scale": ("output_quantizer._pre_quant_scale", torch.ones(64), "has a pre_quant_scale; only inputs"),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_tensors_that_would_be_read_wrongly_are_refused(case: str, model: LoadedModel) -> None:
+    key, tensor, message = STRAY[case]
+    given, name = state(model), model.linears()[0].name
+    with pytest.raises((ModelError, RecipeError), match=rf"{name}.{key.partition('.')[0]} {message}"):
+        Taken(model, replace(given, tensors={**given.tensors, f"{name}.{key}": tensor})).layer(name)
+
+
+def test_a_state_of_another_model_is_refused(model: LoadedModel) -> None:
+    given = state(model)
+    other = {**given.tensors, "proj_out.weight": given.tensors["proj_out.weight"] + 1}
+    with pytest.raises(ModelError, match=r"proj_out.weight of .* is another there; give the model that ModelOpt"):
+        Taken(model, replace(given, tensors=other))
+    del other["proj_out.weight"]
+    with pytest.raises(ModelError, match=r"proj_out.weight of .* is not in it"):
+        Taken(model, replace(given, tensors=other))
+
+
+def test_files_that_are_none_are_refused(model: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with pytest.raises(ModelError, match=r"no such file; save the quantized model with modelopt\.torch\.opt\.save"):
+        read_state(path)
+    path.write_bytes(b"no archive")
+    with pytest.raises(ModelError, match="cannot be read as tensors and plain values"):
+        read_state(path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(ModelError, match="it is not what ModelOpt saves"):
+        read_state(path)
+    torch.save({"modelopt_state": SimpleNamespace()}, path)
+    with pytest.raises(ModelError, match="cannot be read as tensors and plain values"):  # it would run code
+        read_state(path)
+    with pytest.raises(RecipeError, match="ModelOpt's mode 'real_quantize' changed more than quantizers"):
+        read_state(saved(state(model), path, "real_quantize"))
+
+
+def test_the_command_takes_a_file_over(model: LoadedModel, tmp_path: Path) -> None:
+    """Its recipe then builds from the folder, which is as good as the file."""
+    path, folder = saved(state(model), tmp_path / "a.pt"), tmp_path / "taken"
+    words = ["--engine", "pixart_w4a6", "-m", model.source, "--from-modelopt", str(path), "-o", str(folder)]
+    assert command.main(words) == 0
+    layers = checkpoint.load(folder)
+    recipe = recipes.load(str(folder / RECIPE_FILE))
+    assert (recipe.formats.weight, recipe.formats.activation) == ("E4M3", "E4M3")
+    assert recipe.weights.granularity == "per_channel" and recipe.calibrate.options["activations"] == "per_tensor"
+    adopted = adopt(model, recipe, folder, tmp_path / "adopted")
+    again = calibrate(model, recipe, tmp_path / "again")
+    for one, other, third in zip(layers, adopted, again, strict=True):
+        assert one.codes.tobytes() == other.codes.tobytes() == third.codes.tobytes()
+
+
+def test_a_file_that_has_changed_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    path = saved(state(model), tmp_path / "a.pt")
+    recipe = recipe_of_file(model, recipes.load("pixart_w4a6"), path)
+    saved(state(model, FP8 | {"_axis": None}), path)
+    with pytest.raises(RecipeError, match=r"has the hash .*; take it over anew"):
+        calibrate(model, recipe, tmp_path / "layers")
+    options = {"sha256": "0" * 64}
+    recipe = replace(recipe, calibrate=replace(recipe.calibrate, options=options))
+    with pytest.raises(RecipeError, match=r"the layers were made in Python; give the folder .*build --checkpoint DIR"):
+        calibrate(model, recipe, tmp_path / "layers")
+
+
+ROUNDINGS = {
+    "channel": {"format": "E2M3", "granularity": "per_channel"},
+    "group": {"format": "E2M1", "granularity": "group", "group_size": 16},
+    "exact": {"format": "E2M1", "granularity": "exact_group", "group_size": 16, "activation": "E2M3"},
+    "integers": {"format": "INT4", "granularity": "exact_group", "group_size": 32, "activation": "INT8"},
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("case", ROUNDINGS)
+def test_the_backend_rounds_as_the_layers_that_are_made_of_it(case: str, calibrated: bool) -> None:
+    """To the bit, also where an algorithm has chosen an amax that clips."""
+    arguments = {"role": "weight", **ROUNDINGS[case]}
+    how = own_weight(arguments)
+    w = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    blocks = w.reshape(-1, how.group_size or 64)
+    amax = np.abs(blocks).max(1) * (np.float32(0.8) if calibrated else 1)
+    quantizer = SimpleNamespace(backend_extra_args=arguments, _original_shape=w.shape)
+    if calibrated:
+        quantizer._amax = torch.from_numpy(amax[:, None])
+    rounded = backend.rounded(torch.from_numpy(blocks), quantizer).numpy().reshape(w.shape)
+    np.testing.assert_array_equal(rounded, _values(how, w, amax))
+
+
+def _values(how: WeightRounding, w: Any, amax: Any) -> Any:
+    """Value of each code times multiplier times scale, in float32."""
+    codes, scales, multipliers = how.codes(w, amax, "layer")
+    values = how.format.values[codes].astype(np.float32).reshape(len(w), multipliers.shape[1], -1)
+    return (values * multipliers[..., None].astype(np.float32) * scales[..., None]).reshape(w.shape)
+
+
+@pytest.mark.fast
+def test_configurations_say_what_they_cannot_be() -> None:
+    with pytest.raises(RecipeError, match="E2M1 x E2M3: the configuration has group_size 0 with group"):
+        backend.quant_config("E2M1", "E2M3", "group")
+    with pytest.raises(RecipeError, match="has format 'E9M9'"):
+        backend.quant_config("E9M9", "E2M3")
+
+
+@pytest.mark.fast
+def test_what_modelopt_needs_cuda_for_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+    config = {"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": blocks}], "algorithm": "max"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentLacksError, match=r"\*weight_quantizer is \(2, 1\) in blocks with rounded scales"):
+        backend.refuse_without_cuda(config)
+    backend.refuse_without_cuda(backend.W4A6_FP4DIT_CFG)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend.refuse_without_cuda(config)

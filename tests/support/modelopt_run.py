@@ -1,0 +1,84 @@
+"""Run by a Python that has ModelOpt: calibrate a tiny model by each of its algorithms, and keep what came out.
+
+    python -m tests.support.modelopt_run MODEL FOLDER
+
+FOLDER/NAME.pt is what ModelOpt saves, FOLDER/NAME.npz what its module gives and multiplies with; FOLDER/live the layers
+of a module that was not saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.opt as mto
+import modelopt.torch.quantization as mtq
+import numpy as np
+import torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from torch import nn
+
+from export.models.load import LoadedModel, load, sample_inputs
+from export.models.torch_modules import Denoiser
+from pipeline import recipe as recipes
+from pipeline.backends.reference import ReferenceEngine
+from pipeline.backends.side_by_side import single_threaded_torch
+from pipeline.calibrate.modelopt.backend import W6A6_CFG, quant_config
+from pipeline.calibrate.modelopt.take_over import quantized, take_over
+
+GROUPS = quant_config("E2M1", "E2M3", "group", 32)
+EXACT = quant_config("E2M1", "E2M3", "exact_group", 32)
+CASES: dict[str, Any] = {
+    "max": EXACT,
+    "mse": GROUPS | {"algorithm": "mse"},
+    "awq": EXACT | {"algorithm": "awq_lite"},
+    "gptq": GROUPS | {"algorithm": {"method": "gptq"}},
+    "smoothquant": W6A6_CFG | {"algorithm": "smoothquant"},
+    "svdquant": EXACT | {"algorithm": {"method": "svdquant", "lowrank": 4}},
+    "fp8": mtq.FP8_DEFAULT_CFG,
+    "fp8_token": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
+    "fp8_svdquant": mtq.FP8_DEFAULT_CFG | {"algorithm": {"method": "svdquant", "lowrank": 4}},
+    "int8": mtq.INT8_SMOOTHQUANT_CFG,
+}
+SETTINGS = ["calibrate.size=1", "calibrate.timesteps=2", "sampling.n_steps=2", "sampling.guidance_scale=1.0"]
+
+
+def recipe_of_tests(model: LoadedModel) -> recipes.Recipe:
+    return recipes.with_settings(recipes.load("pixart_w4a6"), [*SETTINGS, f"model={model.source}"])
+
+
+def main(source: str, folder: Path) -> None:
+    model = load(source)
+    recipe, inputs = recipe_of_tests(model), sample_inputs(model, 2, 0)
+    names = tuple(row.name for row in model.inputs)
+    for case, config in CASES.items():
+        module = quantized(model, recipe, config)
+        with single_threaded_torch():
+            sample = ReferenceEngine(Denoiser(module, model.family, names).eval()).run(inputs)["sample"]
+        np.savez(folder / f"{case}.npz", sample=sample, **weights(model, module))
+        mto.save(module, folder / f"{case}.pt")
+        if case == "awq":
+            take_over(model, recipe, module, folder / "live")
+    nvfp4(folder)
+
+
+def nvfp4(folder: Path) -> None:
+    """A weight in NVFP4, and what ModelOpt makes of it again."""
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    packed, blocks, whole = NVFP4QTensor.quantize(weight, 16)
+    scales = {"scale": blocks, "double_scale": whole, "block_sizes": {-1: 16}}
+    back = packed.dequantize(torch.float32, **scales)
+    parts = {"codes": packed._quantized_data, "blocks": blocks.view(torch.uint8), "whole": whole, "weight": back}
+    np.savez(folder / "nvfp4.npz", **{name: part.numpy() for name, part in parts.items()})
+
+
+def weights(model: LoadedModel, module: nn.Module) -> dict[str, Any]:
+    """What each quantized linear multiplies with."""
+    linears: dict[str, Any] = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    parts = {linear.name: linears[linear.name] for linear in model.linears()}
+    return {name: part.weight_quantizer(part.weight).detach().float().numpy() for name, part in parts.items()}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
