@@ -93,9 +93,9 @@ def test_a_summary_says_first_what_is_wrong() -> None:
     assert "&#60;layer>" in lines[failed] and "| 3 values | &le; 0 |" in lines[failed]
     assert "| **worse** | bytes/cpu | 1000 bytes | 2000 bytes | 1000 | 10 |" in lines
     assert "| better | speed/cpu/onnxruntime_fp32 | 10 x | 20 x | -10 | 3 |" in lines
-    assert r"> quick \| verification" in lines
+    assert "> quick &#124; verification" in lines
     rows = [line for line in lines if line.startswith("|")]
-    assert {line.replace(r"\|", "").count("|") for line in rows} == {6, 7}
+    assert {line.count("|") for line in rows} == {6, 7}
 
 
 def test_names_from_outside_are_plain_text() -> None:
