@@ -159,6 +159,12 @@ def of_cuda(target: Target) -> tuple[list[Command], list[Feed]]:
     return [*commands, target.engine()], feeds
 
 
+def of_ort_cuda(target: Target) -> tuple[list[Command], list[Feed]]:
+    """Its graph, of ops that onnxruntime has, on the CPU."""
+    commands, feeds = target.chain("--onnxrt", *AS_IT_STANDS)
+    return [*commands, target.engine()], feeds
+
+
 def of_portable(target: Target) -> tuple[list[Command], list[Feed]]:
     path = in_bundle(MODEL)
     commands = [
@@ -228,6 +234,7 @@ OF_TARGET: Mapping[str, Callable[[Target], tuple[list[Command], list[Feed]]]] = 
     "rtx": of_rtx,
     "cuda": of_cuda,
     "trt": of_trt,
+    "ort_cuda": of_ort_cuda,
     "onnx": of_portable,
 }
 

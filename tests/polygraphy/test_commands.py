@@ -40,7 +40,7 @@ def test_targets_have_commands_of_their_own_and_another_its_engine() -> None:
     assert "--ditc-target cpu" in texts([engine])[0] and not feeds
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "ort_cuda"])
 def test_graphs_run_in_their_order_and_the_last_reads_what_all_gave(name: str) -> None:
     commands, feeds = commands_of(target(name, (MODEL, TIMESTEP, CONDITION)))
     graphs = [text.split('.onnx"')[0].rpartition("/")[2] for text in texts(commands) if '.onnx"' in text]
