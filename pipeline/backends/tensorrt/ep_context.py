@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.dialect.graph import MICROSOFT
 from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends import stock_runtime
@@ -44,6 +43,8 @@ def write_context_model(
         raise ContractError(f"{engine} has {size} bytes, more than an ONNX file holds; use ep_context=beside")
     import onnx  # `check` is for machines without the compiler, too
     from onnx import helper
+
+    from export.dialect.graph import MICROSOFT
 
     graph = onnx.load(lowered, load_external_data=False).graph
     attributes: dict[str, Any] = {
