@@ -92,6 +92,7 @@ def test_a_dry_run_checks_and_writes_nothing(capsys: pytest.CaptureFixture[str])
     assert not Path("out").exists()
 
 
+@pytest.mark.fast
 def test_an_interrupted_sweep_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "benched", hostile.stop)
