@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, SupportsFloat, TypeVar
 from uuid import uuid4
 
 from export.errors import ContractError, UserError
@@ -295,3 +295,26 @@ def parse_toml(text: str, source: str, rules: Rules) -> dict[str, object]:
         document = tomllib.loads(text)
         _check_values(document)
     return document
+
+
+def plain(value: object) -> object:
+    """The same for JSON, which has no such numbers: nan becomes null, and inf a text; see `number_of`.
+
+    >>> plain({"a": (1, math.inf, math.nan)})
+    {'a': [1, 'inf', None]}
+    """
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, int) or not isinstance(value, SupportsFloat):
+        return value
+    number = float(value)
+    if math.isnan(number):
+        return None
+    return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
+
+
+def number_of(value: float | str | None) -> float:
+    """A number that `plain` has written."""
+    return math.nan if value is None else float(value)

@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
+from export.documents import plain
 from export.errors import RecipeError, ResourceError, UserError
 from pipeline.files import is_out_of_disk, is_out_of_memory
 from pipeline.machine import PROGRAM
@@ -150,7 +151,7 @@ class Answer:
     def event(self, **fields: object) -> None:
         """One JSON line; nothing without --json."""
         if self.as_json:
-            self._write(json.dumps(fields, default=str))
+            self._write(json.dumps(plain(fields), default=str, allow_nan=False))
 
     def document(self, document: object, *parts: Part) -> None:
         """The whole answer of a verb: `document` with --json, else the parts below each other: tables and paragraphs.
@@ -158,7 +159,7 @@ class Answer:
         On a terminal they fit its width; anywhere else a row is a line, without colours, whatever its length.
         """
         if self.as_json:
-            self._write(json.dumps(document, default=str))
+            self._write(json.dumps(plain(document), default=str, allow_nan=False))
         else:
             self._write(rendered(parts, terminal_width(self.stream)))
 

@@ -64,15 +64,15 @@ def compare_bundles(a: str | Path, b: str | Path, tolerances: Path | None = None
     return Compared(first, second, parts, compare(stored_record(first), stored_record(second), allowed))
 
 
-def tables(found: Compared) -> list[Part]:
+def tables(compared: Compared) -> list[Part]:
     """What was found, for people: what differs, and every number."""
     rows = [
         (_named(part.component, pair.name), pair.a, pair.b)
-        for part in found.parts
+        for part in compared.parts
         for pair in (*part.facts, *part.formats, *part.recipe)
         if pair.differs
     ]
-    layers = sum(len(part.layers) for part in found.parts)
+    layers = sum(len(part.layers) for part in compared.parts)
     numbers = [
         (
             row.name,
@@ -80,11 +80,11 @@ def tables(found: Compared) -> list[Part]:
             "-" if row.value is None else number(row.value.value),
             row.verdict,
         )
-        for row in found.comparison.rows
+        for row in compared.comparison.rows
     ]
     differing: list[Part] = [Table(("", "A", "B"), rows)] if rows else ["Both say the same of themselves."]
     count = [f"Layers of other formats or sizes: {layers}."] if layers else []
-    return [*differing, *count, Table(("number", "A", "B", "B is"), numbers), *found.comparison.notes]
+    return [*differing, *count, Table(("number", "A", "B", "B is"), numbers), *compared.comparison.notes]
 
 
 def _named(component: str, name: str) -> str:
@@ -96,14 +96,16 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     if args.output:
         machine.require(("jinja2",), "writing a page", "build")
         refuse_unwritable(args.output, False, "--output")
-    found = compare_bundles(args.a, args.b, args.tolerances)
+    compared = compare_bundles(args.a, args.b, args.tolerances)
     if args.output:
         from pipeline.verify.beside_page import write_beside_page
 
-        write_beside_page(args.output, found.a, found.b, found.parts, found.comparison)
-    answer.document({"event": "compare", **found.document()}, *tables(found), f"B is {found.comparison.sentence()}.")
-    if args.check and found.comparison.worse:
-        raise RegressionError(f"{args.b} is {found.comparison.sentence()}")
+        write_beside_page(args.output, compared.a, compared.b, compared.parts, compared.comparison)
+    answer.document(
+        {"event": "compare", **compared.document()}, *tables(compared), f"B is {compared.comparison.sentence()}."
+    )
+    if args.check and compared.comparison.worse:
+        raise RegressionError(f"{args.b} is {compared.comparison.sentence()}")
     return 0
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from export import checkpoint
@@ -22,7 +21,7 @@ from pipeline.bundle.hub import PREFIX, located
 from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.calibrate.state import KEPT
 from pipeline.command import Answer, Parser, parser, run
-from pipeline.files import is_bundle, publish, refuse_unwritable, remove
+from pipeline.files import is_bundle, new_folder, refuse_unwritable
 from pipeline.signals import leave
 from pipeline.web.onnxruntime_web import FLAG as ONNXRUNTIME_WEB
 from pipeline.web.onnxruntime_web import PACKAGE, VERSION
@@ -164,20 +163,6 @@ def export_repository(args: argparse.Namespace, answer: Answer) -> int:
     text = f"{args.triton}: model {name}, for tritonserver --model-repository; checked, not run in a server"
     answer.document({"event": "result", "path": str(args.triton), "model": name, "run": False}, text)
     return 0
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `output` at the end, if nothing was raised."""
-    destination = output.absolute()
-    partial, aside = (destination.with_name(f"{destination.name}.{end}") for end in ("partial", "replaced"))
-    remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        publish(partial, destination, aside)
-    finally:
-        remove(partial)
 
 
 def refuse(calibration: Path, output: Path, force: bool) -> None:

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from export.documents import whole_file
@@ -162,3 +163,17 @@ def publish(folder: Path, destination: Path, aside: Path) -> None:
     os.rename(folder, destination)
     sync(destination.parent)
     remove(aside)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `output` at the end, if nothing was raised."""
+    destination = output.absolute()
+    partial, aside = (destination.with_name(f"{destination.name}.{end}") for end in ("partial", "replaced"))
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        publish(partial, destination, aside)
+    finally:
+        remove(partial)

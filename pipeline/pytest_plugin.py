@@ -87,11 +87,11 @@ class Parity:
         if not report.passed:
             pytest.fail(report.sentence(), pytrace=False)
         if before is not None:
-            found = compare(before, record_of(opened, report.gates, quick=quick), stated)
-            for note in found.notes:  # what was not compared, and why
+            comparison = compare(before, record_of(opened, report.gates, quick=quick), stated)
+            for note in comparison.notes:  # what was not compared, and why
                 warnings.warn(f"{opened.path}: {note}", stacklevel=2)
-            if found.worse:
-                pytest.fail(found.sentence(), pytrace=False)
+            if comparison.worse:
+                pytest.fail(comparison.sentence(), pytrace=False)
         return report
 
     def _report(self, bundle: AnyBundle, quick: bool, model: str | None) -> Report:

@@ -22,7 +22,6 @@ from export.onnx_files import read_graph
 from pipeline.backends import BACKENDS, PORTABLE
 from pipeline.backends.base import Arithmetic, Arrays, LoweredGraph
 from pipeline.bundle.bundle import Bundle
-from pipeline.files import remove
 from pipeline.generate.case import is_large
 from pipeline.polygraphy import commands
 from pipeline.polygraphy.commands import Feed, Target, commands_of, script
@@ -66,33 +65,11 @@ def write_folder(
     lowered: Mapping[str, LoweredGraph],
     threads: int,
 ) -> None:
-    """Write all files into a folder that is new or empty; where that ends early, none is left.
+    """Write all files into `folder`, which is there.
 
     bundle: where its user has it; copy: a private copy of the same. layers: none of an autoencoder. lowered: its
     graphs by target. threads: of a lowered graph's calls.
     """
-    part = folder.with_name(f"{folder.name}.part")
-    remove(part)
-    part.mkdir(parents=True)
-    try:
-        _write(part, bundle, copy, model, layers, lowered, threads)
-        if folder.is_dir():
-            folder.rmdir()
-        part.rename(folder)
-    finally:
-        remove(part)
-
-
-def _write(
-    folder: Path,
-    bundle: Bundle,
-    copy: Bundle,
-    model: LoadedModel,
-    layers: Sequence[QuantizedLinear],
-    lowered: Mapping[str, LoweredGraph],
-    threads: int,
-) -> None:
-    """All files, into a folder that is there."""
     recipe = copy.recipe
     # Scripts are for machines that run the engine, this one or another.
     engines: dict[str, Arithmetic] = {target: BACKENDS[target].arithmetic(recipe, runs_here=True) for target in lowered}

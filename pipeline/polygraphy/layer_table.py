@@ -43,14 +43,14 @@ def layer_table(
 ) -> list[LayerRow]:
     """A row for each of `layers`, by the least distance from its limit. graphs, arithmetics: lowered graphs by
     target, which are run whether its engine runs here or not, and what they compute in."""
-    found = {target: _of_target(graph, calls, threads) for target, graph in graphs.items()}
+    sqnrs = {target: _of_target(graph, calls, threads) for target, graph in graphs.items()}
     limits = {target: calls.limits[arithmetics[target]].layers for target in graphs}
     rows = [
         LayerRow(
             layer.name,
             layer.kind,
             f"{layer.weight_format} x {layer.activation_format}",
-            {target: found[target].get(layer.name, math.nan) for target in graphs},
+            {target: sqnrs[target].get(layer.name, math.nan) for target in graphs},
             {target: limits[target][layer.name] for target in graphs},
         )
         for layer in layers

@@ -165,18 +165,18 @@ def _limits(calls: ReferenceCalls, single: Reference) -> Limits:
 
 def _errors(calls: ReferenceCalls, single: Reference, seed: int, ulps: float) -> Limits:
     """SQNR of one run, in the worst call."""
-    found = Limits()
+    errors = Limits()
 
     def compare(linear: FakeQuantLinear, _: object, output: torch.Tensor) -> None:
-        found.layers[linear.layer_name] = sqnr_db(calls.layers[linear.layer_name], output.numpy())
+        errors.layers[linear.layer_name] = sqnr_db(calls.layers[linear.layer_name], output.numpy())
 
     with single.moved(seed, ulps):
         for place, (inputs, expected) in enumerate(zip(calls.inputs, calls.outputs, strict=True)):
             outputs = single.run(inputs, None if place else compare)
             for name, output in outputs.items():
                 value = sqnr_db(expected[name], output)
-                found.outputs[name] = float(np.minimum(value, found.outputs.get(name, math.inf)))  # nan stays nan
-    return found
+                errors.outputs[name] = float(np.minimum(value, errors.outputs.get(name, math.inf)))  # nan stays nan
+    return errors
 
 
 def _worst(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

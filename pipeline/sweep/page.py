@@ -95,10 +95,10 @@ def _report(row: Row, place: Place) -> str:
 def _gallery(named: Mapping[str, Bundle]) -> Gallery:
     """The first pictures of each build's first target, beside the float model's."""
     first = next(iter(named.values()))
-    found = {name: report_pictures(bundle) for name, bundle in named.items()}
-    floats = {row: png for (column, row), png in found[next(iter(named))].items() if column == FLOAT}
+    pictures_of = {name: report_pictures(bundle) for name, bundle in named.items()}
+    floats = {row: png for (column, row), png in pictures_of[next(iter(named))].items() if column == FLOAT}
     drawn = {
-        name: {row: png for (column, row), png in found[name].items() if column == bundle.targets[0]}
+        name: {row: png for (column, row), png in pictures_of[name].items() if column == bundle.targets[0]}
         for name, bundle in named.items()
     }
     numbers = sorted({row for pictures in (floats, *drawn.values()) for row in pictures})[:MOST_PICTURES]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from export.documents import whole_file
+from export.documents import plain, whole_file
 from pipeline import machine
 from pipeline.backends import tool_versions
 from pipeline.bundle.bundle import Bundle, load_bundle
@@ -17,7 +17,7 @@ from pipeline.sweep.jobs import Ended
 from pipeline.sweep.plan import Build
 from pipeline.sweep.work import STATE, Checked, Place
 from pipeline.verify.record import SPEED, Number, Record, stored_record
-from pipeline.verify.report import number, plain
+from pipeline.verify.report import number
 
 SCHEMA_VERSION = 1
 Status = Literal["waiting", "built", "kept", "failed"]

@@ -26,7 +26,7 @@ from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
 from pipeline.compiler import describe
-from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, refuse_in_bundle, refuse_unwritable, tree
+from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, new_folder, refuse_in_bundle, refuse_unwritable, tree
 from pipeline.parts import read_folder
 from pipeline.recipe import ModelFlags, load_float_model, with_model
 from pipeline.signals import leave
@@ -131,8 +131,9 @@ def verify_bundle(
         if polygraphy_dir is not None:
             from pipeline.polygraphy.folder import write_folder
 
-            shown = (original, bundle, model, layers, lowered, machine.threads(threads))
-            timed("polygraphy", lambda: write_folder(polygraphy_dir, *shown))
+            with new_folder(polygraphy_dir) as part:
+                shown = (part, original, bundle, model, layers, lowered, machine.threads(threads))
+                timed("polygraphy", lambda: write_folder(*shown))
     return report
 
 

@@ -12,10 +12,9 @@ from typing import Annotated, Literal, NotRequired
 from annotated_types import Ge, Le, MinLen
 from typing_extensions import TypedDict
 
-from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text, validated
+from export.documents import MOST_TOML_BYTES, Rules, parse_toml, plain, read_text, validated
 from export.errors import RecipeError
 from pipeline.verify.record import GATES, SPEED, Number, Record
-from pipeline.verify.report import plain
 
 FILE = Path(__file__).with_name("tolerances.toml")
 SCHEMA_VERSION = 1

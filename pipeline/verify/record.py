@@ -13,7 +13,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from export.documents import Rules, read_json
+from export.documents import Rules, number_of, plain, read_json
 from export.errors import ContractError, RecipeError
 from pipeline import machine
 from pipeline.backends import tool_versions
@@ -25,7 +25,7 @@ from pipeline.bundle.pipeline_bundle import PipelineBundle, is_pipeline, load_pi
 from pipeline.bundle.snapshot import verified_copy
 from pipeline.files import is_bundle, write_json
 from pipeline.verify.report import SCHEMA_VERSION as REPORT_VERSION
-from pipeline.verify.report import Gate, number_of, plain, within
+from pipeline.verify.report import Gate, within
 
 SCHEMA_VERSION = 1
 BENCH = "bench.json"

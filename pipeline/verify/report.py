@@ -7,7 +7,8 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import SupportsFloat
+
+from export.documents import plain
 
 SCHEMA_VERSION = 1
 
@@ -172,30 +173,6 @@ class Report:
         document = {"schema_version": SCHEMA_VERSION, "passed": self.passed, **asdict(self)}
         document["gates"] = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
         return json.dumps(plain(document), indent=1, allow_nan=False)
-
-
-def plain(value: object) -> object:
-    """The same for JSON: nan becomes null, and inf a text; see `number_of`.
-
-    >>> plain({"a": (1, math.inf, math.nan)})
-    {'a': [1, 'inf', None]}
-    """
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, bool | str | int | None):
-        return value
-    assert isinstance(value, SupportsFloat), f"a report holds {type(value).__name__}"
-    number = float(value)
-    if math.isnan(number):
-        return None
-    return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
-
-
-def number_of(value: float | str | None) -> float:
-    """A number that `plain` has written."""
-    return math.nan if value is None else float(value)
 
 
 def number(value: float) -> str:

@@ -28,10 +28,10 @@ class FromModelopt(Method):
             )
         path = Path(name)
         state = read_state(path)
-        found = sha256(path, RecipeError)
-        if expected and found != expected:
+        digest = sha256(path, RecipeError)
+        if expected and digest != expected:
             raise RecipeError(
-                f"{path} has the hash {found}, not {expected}; take it over anew (calibrate --from-modelopt)"
+                f"{path} has the hash {digest}, not {expected}; take it over anew (calibrate --from-modelopt)"
             )
         self.taken = Taken(context.model, state)
 

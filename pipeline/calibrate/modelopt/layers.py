@@ -137,8 +137,8 @@ class Taken:
     def _array(self, name: str, key: str, shape: tuple[int, ...]) -> F32:
         tensor = self.state.tensor(name, key)
         if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            found = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ModelError(f"{self.state.source}: {name}.{key} is {found}; the model has floats of shape {shape}")
+            held = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ModelError(f"{self.state.source}: {name}.{key} is {held}; the model has floats of shape {shape}")
         array = _float32(tensor)
         if not np.isfinite(array).all():
             raise ModelError(f"{self.state.source}: {name}.{key} holds NaN or Inf; calibrate again")
