@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # whoever asks for the version runs without these
+    import onnx
     import onnx_ir as ir
 
     from export.checkpoint import QuantizedLinear
@@ -53,6 +54,6 @@ def formats(layers: Sequence[QuantizedLinear], attention: AttentionFormats | Non
     )
 
 
-def sign(model: ir.Model, what: str) -> None:
+def sign(model: ir.Model | onnx.ModelProto, what: str) -> None:
     """Say in `model` that this release wrote it, and what it is; metadata stays as it is."""
     model.producer_name, model.producer_version, model.doc_string = PROGRAM, own_version(), what

@@ -6,8 +6,8 @@ nothing of its own but when a test asks for a fixture.
 
 from __future__ import annotations
 
-import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,9 +51,11 @@ def ditc_bundle(request: pytest.FixtureRequest) -> AnyBundle:
 
 @dataclass
 class Parity:
-    """What `assert_parity` calls. It verifies a bundle once in a run, however many tests ask."""
+    """What `assert_parity` calls. A process verifies a bundle once, however many of its tests ask; one that was built
+    again is another. report_dir: makes a folder for a report."""
 
-    _reports: dict[tuple[Path, bool, str | None], Report] = field(default_factory=dict)
+    report_dir: Callable[[], Path]
+    _reports: dict[tuple[str, bool, str | None], tuple[Report, Path]] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -81,11 +83,11 @@ class Parity:
             before = None if baseline is None else read_record(baseline)
             opened = open_any(bundle) if isinstance(bundle, str | Path) else bundle
             quick = (before is None or before.quick) if quick is None else quick
-            report = self._report(opened, quick, model)
+            report, place = self._report(opened, quick, model)
         except UserError as error:
             pytest.fail(str(error), pytrace=False)
         if not report.passed:
-            pytest.fail(report.sentence(), pytrace=False)
+            pytest.fail(f"{report.sentence()}; see {place / 'index.html'}", pytrace=False)
         if before is not None:
             comparison = compare(before, record_of(opened, report.gates, quick=quick), stated)
             for note in comparison.notes:  # what was not compared, and why
@@ -94,19 +96,20 @@ class Parity:
                 pytest.fail(comparison.sentence(), pytrace=False)
         return report
 
-    def _report(self, bundle: AnyBundle, quick: bool, model: str | None) -> Report:
+    def _report(self, bundle: AnyBundle, quick: bool, model: str | None) -> tuple[Report, Path]:
         from pipeline.bundle.bundle import Bundle
+        from pipeline.bundle.pipeline_bundle import manifest_sha256
         from pipeline.verify.__main__ import verify_bundle, verify_pipeline
 
-        key = (bundle.path.resolve(), quick, model)
+        key = (manifest_sha256(bundle.path), quick, model)
         if key not in self._reports:
             verify = verify_bundle if isinstance(bundle, Bundle) else verify_pipeline
-            with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
-                self._reports[key] = verify(bundle.path, Path(folder), (model, None, None), quick=quick)
+            place = self.report_dir()
+            self._reports[key] = verify(bundle.path, place, (model, None, None), quick=quick), place
         return self._reports[key]
 
 
 @pytest.fixture(scope="session")
-def assert_parity() -> Parity:
+def assert_parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
     """A function that fails the test unless a bundle passes its gates and is no worse than its baseline."""
-    return Parity()
+    return Parity(lambda: tmp_path_factory.mktemp("ditc_report"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -39,6 +40,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+def parity_in(folder: Path) -> Parity:
+    return Parity(lambda: folder)
+
+
 def failure(parity: Parity, *args: Any, **named: Any) -> str:
     with pytest.raises(pytest.fail.Exception) as caught:
         parity(*args, **named)
@@ -46,7 +51,7 @@ def failure(parity: Parity, *args: Any, **named: Any) -> str:
 
 
 def test_a_bundle_is_verified_once_however_many_tests_ask(tmp_path: Path, calls: list[Any]) -> None:
-    parity, path = Parity(), make_reported(tmp_path / "a", GATES)
+    parity, path = parity_in(tmp_path), make_reported(tmp_path / "a", GATES)
     assert parity(path).passed and parity(open_any(path)) is parity(str(path))
     assert calls == [(path, None, True)]
     parity(path, quick=False, model="zoo:pixart_mini")
@@ -54,22 +59,32 @@ def test_a_bundle_is_verified_once_however_many_tests_ask(tmp_path: Path, calls:
     assert parity(pipeline(tmp_path / "whole")).passed
 
 
+def test_one_that_was_built_again_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parity, path = parity_in(tmp_path), tmp_path / "a"
+    reports = iter([Report(list(GATES)), Report([replace(GATES[1], value=2.0)])])
+    monkeypatch.setattr(verb, "verify_bundle", lambda *_, **__: next(reports))
+    assert parity(make_reported(path, GATES)).passed and parity(path).passed
+    shutil.rmtree(path)
+    assert "parity gate failed: cpu/gemm_exact = 2" in failure(parity, make_reported(path, [*GATES[:2]]))
+
+
 def test_a_failed_gate_fails_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_reported(tmp_path / "a", GATES)
     bad = Report([replace(GATES[1], value=2.0)])
     monkeypatch.setattr(verb, "verify_bundle", lambda *_, **__: bad)
-    assert failure(Parity(), path) == "parity gate failed: cpu/gemm_exact = 2, limit 0; cpu/gemm_exact: exact"
+    said = f"parity gate failed: cpu/gemm_exact = 2, limit 0; cpu/gemm_exact: exact; see {tmp_path / 'index.html'}"
+    assert failure(parity_in(tmp_path), path) == said
 
 
 def test_a_bundle_that_is_worse_than_its_baseline_fails_the_test(tmp_path: Path, calls: list[Any]) -> None:
     better = [replace(GATES[0], value=35.0), *GATES[1:]]
     path, baseline = make_reported(tmp_path / "a", GATES), make_reported(tmp_path / "b", better)
-    assert "gates/quant_sqnr_db = 29.5 dB, baseline 35 dB" in failure(Parity(), path, baseline=baseline)
+    assert "gates/quant_sqnr_db = 29.5 dB, baseline 35 dB" in failure(parity_in(tmp_path), path, baseline=baseline)
     with pytest.warns(UserWarning, match="gates are not compared: the baseline's are of a whole verification"):
-        assert Parity()(path, baseline=baseline, quick=True).passed
+        assert parity_in(tmp_path)(path, baseline=baseline, quick=True).passed
     tolerances = tmp_path / "t.toml"
     tolerances.write_text('schema_version = 1\n[[tolerance]]\nof = "*"\nabsolute = 9.0\nwhy = "w"\n')
-    assert Parity()(path, baseline=baseline, tolerances=tolerances).passed
+    assert parity_in(tmp_path)(path, baseline=baseline, tolerances=tolerances).passed
 
 
 def test_what_a_user_does_wrong_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +93,9 @@ def test_what_a_user_does_wrong_is_one_sentence(tmp_path: Path, monkeypatch: pyt
 
     path = make_reported(tmp_path / "a", GATES)
     monkeypatch.setattr(verb, "verify_bundle", lacking)
-    assert failure(Parity(), path) == "verifying a bundle needs torch"
-    assert "none is not a folder" in failure(Parity(), tmp_path / "none")
-    assert "is missing" in failure(Parity(), path, baseline=tmp_path / "none.json")
+    assert failure(parity_in(tmp_path), path) == "verifying a bundle needs torch"
+    assert "none is not a folder" in failure(parity_in(tmp_path), tmp_path / "none")
+    assert "is missing" in failure(parity_in(tmp_path), path, baseline=tmp_path / "none.json")
 
 
 # --- in pytest --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.record import Json
+from benchmarks.tools.browser import PageError
+from benchmarks.tools.environments import CannotBeHadError
 from benchmarks.tools.limit import limit_db, run
 from benchmarks.tools.matrix import FORMS, FUNCTIONS, INLINED, TOOLS, feeds_of, input_shapes, ran
 from export.inline import write_inlined
@@ -43,9 +45,10 @@ def measured(bundle_path: str) -> Json:
                 row: Json = {"tool": tool.name, "form": form}
                 try:
                     row |= ran(tool, places[form], feeds, reference)
-                except LookupError as error:
+                except CannotBeHadError as error:
                     row |= {"version": "-", "absent": str(error)}
-                except (ChildProcessError, subprocess.TimeoutExpired) as error:  # of one tool, not of the others
+                # Of one tool, not of the others.
+                except (ChildProcessError, PageError, subprocess.TimeoutExpired) as error:
                     row |= {"version": "-", "refuses": str(error)}
                 logger.info("%s", row)
                 document["rows"].append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -26,8 +27,12 @@ def browser() -> str | None:
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
+class PageError(Exception):
+    """The browser or a page of it does not do what it was told to, or not within WAITED_S."""
+
+
 class Tab:
-    """One page. Raises AssertionError for whatever it logs as an error, and for what does not come true in time."""
+    """One page. complaints: what it has logged as errors, and what it raised that nobody caught."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self.commands, self.answers = commands, answers
@@ -46,13 +51,16 @@ class Tab:
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self.count:
             self._note(answer)
-        assert "error" not in answer, answer
+        if "error" in answer:
+            raise PageError(f"{method}: {answer['error']}")
         return answer["result"]
 
     def _read(self) -> Any:
         while b"\0" not in self.buffer:
-            part = os.read(self.answers, 1 << 20)
-            assert part, "the browser has ended"
+            if not select.select([self.answers], [], [], WAITED_S)[0]:
+                raise PageError(f"the browser says nothing for {WAITED_S:g} s; {self.complaints}")
+            if not (part := os.read(self.answers, 1 << 20)):
+                raise PageError(f"the browser has ended; {self.complaints}")
             self.buffer += part
         message, _, self.buffer = self.buffer.partition(b"\0")
         return json.loads(message)
@@ -66,14 +74,16 @@ class Tab:
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""
         result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result
+        if "exceptionDetails" in result:
+            raise PageError(f"{script[:200]}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
     def wait(self, script: str) -> None:
         """Until an expression is true."""
         end = time.monotonic() + WAITED_S
         while not self.run(f"!!({script})"):  # elements have no value of their own
-            assert time.monotonic() < end, f"not true within {WAITED_S:g} s: {script}; {self.complaints}"
+            if time.monotonic() > end:
+                raise PageError(f"not true within {WAITED_S:g} s: {script}; {self.complaints}")
             time.sleep(0.05)
 
     def show(self, width: int, height: int, scheme: str = "light") -> None:

@@ -19,31 +19,36 @@ from export.cache_folder import cache_folder
 WAITED_S = 900
 
 
+class CannotBeHadError(Exception):
+    """A tool cannot be installed here; the message is the reason."""
+
+
 def python_environment(name: str, requirements: tuple[str, ...], beside: bool = False) -> Path:
     """The Python of an environment with `requirements`, as pip takes them. beside: and all that this one has.
 
-    Raises LookupError, with the reason, where they cannot be installed.
+    Raises CannotBeHadError, with the reason, where they cannot be installed.
     """
+
+    places = [path for path in sys.path if Path(path).name == "site-packages"] if beside else []
 
     def make(folder: Path) -> None:
         venv.create(folder, with_pip=False, clear=True)
         if beside:
             [packages] = folder.glob("lib/python*/site-packages")
-            places = [path for path in sys.path if Path(path).name == "site-packages"]
             lines = [f"import site; site.addsitedir({path!r})\n" for path in places]
             packages.joinpath("beside.pth").write_text("".join(lines), encoding="utf-8")
         python = folder / "bin" / "python"
         install(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-input", *requirements)
 
-    key = f"{sys.version} {sys.executable} {' '.join(requirements)}"
+    key = " ".join((sys.version, sys.executable, *places, *requirements))
     return kept(name, key, make) / "bin" / "python"
 
 
 def node_modules(name: str, requirements: tuple[str, ...]) -> Path:
-    """A folder node_modules with packages, as npm takes them. Raises LookupError where they cannot be installed."""
+    """A folder node_modules with packages, as npm takes them. Raises CannotBeHadError where it cannot be made."""
     npm = shutil.which("npm")
     if npm is None:
-        raise LookupError("npm is not installed")
+        raise CannotBeHadError("npm is not installed")
 
     def make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -65,17 +70,17 @@ def kept(name: str, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def install(*words: object) -> None:
-    """Run an installer. Raises LookupError with what it says."""
+    """Run an installer. Raises CannotBeHadError with what it says."""
     command = [str(word) for word in words]
     try:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", timeout=WAITED_S, check=False, env=without_xdist()
         )
     except subprocess.TimeoutExpired as error:
-        raise LookupError(f"{command[-1]} was not installed within {WAITED_S} s") from error
+        raise CannotBeHadError(f"{command[-1]} was not installed within {WAITED_S} s") from error
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or "no reason"
-        raise LookupError(f"{command[-1]} cannot be installed: {said[-300:]}")
+        raise CannotBeHadError(f"{command[-1]} cannot be installed: {said[-300:]}")
 
 
 def without_xdist() -> dict[str, str]:

@@ -110,7 +110,7 @@ def feeds_of(shapes: Mapping[str, tuple[int | str, ...]], batch: int = 2, tokens
 
 
 def prepared(tool: Tool) -> Path:
-    """The tool's Python, or its node_modules. Raises LookupError with the reason where it cannot be had."""
+    """The tool's Python, or its node_modules. Raises CannotBeHadError with the reason where it cannot be had."""
     if tool.where == OWN:
         return Path(sys.executable)
     if tool.where == WEB:
@@ -123,7 +123,7 @@ def ran(tool: Tool, model: Path, feeds: Arrays, reference: Arrays) -> Json:
     """One row of the results: of the folder `model` with model.onnx and its data, on `feeds`, against the outputs
     `reference`. Has version, and one of db (None: equal to the bit), found and refuses, which are words.
 
-    Raises LookupError where the tool cannot be had.
+    Raises CannotBeHadError where the tool cannot be had.
     """
     place = prepared(tool)
     with tempfile.TemporaryDirectory() as folder:

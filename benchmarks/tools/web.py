@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.record import Json
 from benchmarks.tools import browser
+from benchmarks.tools.environments import CannotBeHadError
 from benchmarks.tools.limit import Arrays
 from pipeline.web.onnxruntime_web import PACKAGE, VERSION
 
@@ -31,10 +32,10 @@ WAITED_S = 600
 
 
 def find(run: str) -> str:
-    """The program for a run. Raises LookupError where there is none here."""
+    """The program for a run. Raises CannotBeHadError where there is none here."""
     program = shutil.which(NODE) if run == NODE else browser.browser()
     if program is None:
-        raise LookupError(f"none of {', '.join((NODE,) if run == NODE else browser.BROWSERS)} is installed")
+        raise CannotBeHadError(f"none of {', '.join((NODE,) if run == NODE else browser.BROWSERS)} is installed")
     return program
 
 

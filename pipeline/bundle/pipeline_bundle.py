@@ -169,3 +169,8 @@ def refuse_strange_files(path: Path, files: Iterable[str]) -> None:
     for name in sorted(files):
         if not PIPELINE_FILES.fullmatch(name):
             raise ContractError(f"{path}: {name} {STRANGE}")
+
+
+def manifest_sha256(bundle: Path) -> str:
+    """Of the document of a bundle, or of a whole pipeline, which leads to the SHA-256 of every other file."""
+    return sha256(bundle / (PIPELINE_FILE if is_pipeline(bundle) else MANIFEST_FILE))

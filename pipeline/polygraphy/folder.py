@@ -96,8 +96,13 @@ def write_folder(
         feeds += of_feeds
         (folder / f"{name}.sh").write_text(script(target, of_target), encoding="utf-8")
     (folder / commands.FEEDS).write_text(feeds_module(feeds), encoding="utf-8")
-    lines = ["#!/bin/sh", "set -eu", 'here="$(dirname "$0")"', *(f'sh "$here/{name}.sh" "$@"' for name in copy.targets)]
-    (folder / ALL).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / ALL).write_text(script_of_all(copy.targets), encoding="utf-8")
+
+
+def script_of_all(targets: Sequence[str]) -> str:
+    """The text of run.sh: every target, and the status of the last one that fails."""
+    each = (f'sh "$here/{name}.sh" "$@" || status=$?' for name in targets)
+    return "\n".join(["#!/bin/sh", "set -u", 'here="$(dirname "$0")"', "status=0", *each, 'exit "$status"', ""])
 
 
 def _worst(rows: Sequence[LayerRow]) -> tuple[int, str, float]:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from export.errors import EnvironmentLacksError
 from pipeline.bundle.bundle import Bundle
-from pipeline.bundle.pipeline_bundle import PipelineBundle
+from pipeline.bundle.pipeline_bundle import PipelineBundle, manifest_sha256
 from pipeline.serve.jobs import Row
 from pipeline.serve.remote import RemoteBatch, Stream
-from pipeline.serve.replica import Order, Progress, Replica, manifest_sha256
+from pipeline.serve.replica import Order, Progress, Replica
 from pipeline.serve.scale import Scale
 from pipeline.signals import HEEDED
 

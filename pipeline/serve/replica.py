@@ -7,10 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.documents import sha256
 from export.errors import ContractError, RecipeError
-from pipeline.bundle.pipeline_bundle import is_pipeline
-from pipeline.files import MANIFEST_FILE, PIPELINE_FILE
+from pipeline.bundle.pipeline_bundle import manifest_sha256
 from pipeline.generate.draw import Picture, Pictures
 from pipeline.text_to_image import Pipeline
 
@@ -34,11 +32,6 @@ class Progress:
     n_steps: int
     previews: dict[int, Pictures | str]
     pictures: dict[int, Pictures | str]
-
-
-def manifest_sha256(bundle: Path) -> str:
-    """Of the document of a bundle, or of a whole pipeline, which leads to the SHA-256 of every other file."""
-    return sha256(bundle / (PIPELINE_FILE if is_pipeline(bundle) else MANIFEST_FILE))
 
 
 class Replica:

@@ -231,7 +231,7 @@ def compare(folder: Path, target: str, expected: Mapping[str, str]) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """What a verification found. comparison: with the baseline, None without one."""
 
     report: Report
@@ -246,7 +246,7 @@ class Found:
             raise RegressionError(f"{self.comparison.sentence()}; {kept}")
 
 
-def find(args: argparse.Namespace, report_dir: Path) -> Found:
+def outcome_of(args: argparse.Namespace, report_dir: Path) -> Outcome:
     """Verify, and compare with the baseline. What the flags name is read before work starts."""
     tolerances = load_tolerances(args.tolerances)
     baseline = None if args.baseline is None else read_record(args.baseline)
@@ -260,17 +260,27 @@ def find(args: argparse.Namespace, report_dir: Path) -> Found:
     flags = (args.model, args.variant, args.config)
     report = verify(args.bundle, report_dir, flags, args.threads, args.quick, args.polygraphy)
     record = record_of(open_any(args.bundle), report.gates, measured, args.quick)
-    return Found(report, record, None if baseline is None else compare_with(baseline, record, tolerances))
+    return Outcome(report, record, None if baseline is None else compare_with(baseline, record, tolerances))
 
 
-def write_results(args: argparse.Namespace, found: Found, seconds: float) -> None:
-    """The files that flags ask for. A bundle that failed a gate is no baseline."""
+def write_results(args: argparse.Namespace, outcome: Outcome, seconds: float) -> None:
+    """The files that flags ask for. A bundle that failed a gate is no baseline. One that is worse does not take the
+    place of its own: the next run would find nothing wrong with it."""
     if args.junit:
-        write_junit(args.junit, found.record.engine, found.report.gates, found.comparison, seconds)
+        write_junit(args.junit, outcome.record.engine, outcome.report.gates, outcome.comparison, seconds)
     if args.summary:
-        add_summary(args.summary, summary(found.record.engine, found.report, found.comparison))
-    if args.write_baseline and found.report.passed:
-        write_record(found.record, args.write_baseline)
+        add_summary(args.summary, summary(outcome.record.engine, outcome.report, outcome.comparison))
+    if not (args.write_baseline and outcome.report.passed):
+        return
+    if (
+        outcome.comparison
+        and outcome.comparison.worse
+        and Path(args.baseline).resolve() == args.write_baseline.resolve()
+    ):
+        remedy = "--write-baseline without --baseline takes the worse numbers for good"
+        logger.warning("%s stays as it is; %s", args.write_baseline, remedy)
+    else:
+        write_record(outcome.record, args.write_baseline)
 
 
 def work(args: argparse.Namespace, answer: Answer) -> int:
@@ -279,16 +289,16 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ditc-") as folder:
         try:
-            found = find(args, args.output_dir or Path(folder))
+            outcome = outcome_of(args, args.output_dir or Path(folder))
         except UserError as error:
             if args.junit:
                 write_error(args.junit, str(args.bundle), error, time.monotonic() - started)
             if args.summary:
                 add_summary(args.summary, failure_summary(str(args.bundle), error))
             raise
-    write_results(args, found, time.monotonic() - started)
-    tell(found, answer)
-    found.raise_if_wrong(
+    write_results(args, outcome, time.monotonic() - started)
+    tell(outcome, answer)
+    outcome.raise_if_wrong(
         f"see {args.output_dir / 'index.html'}" if args.output_dir else "give -o DIR to keep the report"
     )
     answer.event(event="result", passed=True, exit_code=0, path=str(args.bundle))
@@ -336,21 +346,21 @@ def _spelled(flag: str) -> str:
     return f"--{flag.replace('_', '-')}"
 
 
-def tell(found: Found, answer: Answer) -> None:
+def tell(outcome: Outcome, answer: Answer) -> None:
     """Every gate, and of a comparison what is better or worse; notes go to the log."""
-    for note in found.report.notes:
+    for note in outcome.report.notes:
         logger.info("%s", note)
-    for gate in found.report.gates:
+    for gate in outcome.report.gates:
         row = {"name": gate.name, "value": gate.value, "limit": gate.limit, "unit": gate.unit, "passed": gate.passed}
         answer.event(event="gate", **row)
         answer.line(
             f"{'ok  ' if gate.passed else 'FAIL'}  {gate.name} = {gate.value:g} {gate.unit} (limit {gate.limit:g})"
         )
-    if found.comparison is None:
+    if outcome.comparison is None:
         return
-    for note in found.comparison.notes:
+    for note in outcome.comparison.notes:
         logger.warning("%s", " ".join(note.split()))
-    for compared in found.comparison.rows:
+    for compared in outcome.comparison.rows:
         answer.event(event="baseline", **compared.document())
         if compared.verdict in ("better", "worse"):
             answer.line(f"{compared.verdict:<6}  {compared.sentence()}")

@@ -191,6 +191,8 @@ def _compared(name: str, baseline: Record, record: Record, tolerances: Sequence[
     def left_out(why: str) -> Compared:
         return Compared(name, before, now, math.nan, math.nan, "not compared", why)
 
+    if before is None and now is not None and not now.passed:
+        return Compared(name, None, now, math.inf, 0.0, "worse", "it fails, and the baseline does not have it")
     if before is None:
         return left_out("the baseline does not have it")
     kind, *parts = name.split("/")

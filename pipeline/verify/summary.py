@@ -10,9 +10,9 @@ from export.documents import open_file
 from pipeline.verify.baseline import Compared, Comparison
 from pipeline.verify.report import Gate, Report, number
 
-# GitHub shows nothing of a step's summary that is longer than 1 MiB; so many rows of a table stay far below.
 # What Markdown and GitHub read as more than a letter.
 MARKS = frozenset("|<`[]@\\")
+# GitHub shows nothing of a step's summary that is longer than 1 MiB; so many rows of a table stay far below.
 MOST_ROWS = 500
 GATE_HEAD = ("", "gate", "value", "limit", "why this limit")
 BASELINE_HEAD = ("", "number", "baseline", "now", "worse by", "tolerated")

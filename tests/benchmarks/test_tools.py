@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import readme, record
-from benchmarks.tools.limit import Arrays, limit_db, run
+from benchmarks.tools.environments import CannotBeHadError
+from benchmarks.tools.limit import Arrays, distance_db, limit_db, run
 from benchmarks.tools.matrix import FORMS, FUNCTIONS, INLINED, SETS, TOOLS, Tool, feeds_of, input_shapes, prepared, ran
 from export.formats.attention import AttentionFormats
 from export.inline import write_inlined
@@ -61,7 +62,7 @@ def made(root: Path, attention: AttentionFormats | None) -> Model:
 def test_a_tool(tool: Tool, form: str, model: Model) -> None:
     try:
         prepared(tool)
-    except LookupError as error:
+    except CannotBeHadError as error:
         pytest.skip(f"{tool.name} cannot be had here: {error}")
     row = ran(tool, model.places[form], model.feeds, model.reference)
     logger.info("%s, %s: %s", tool.name, form, row)
@@ -87,7 +88,7 @@ def test_webgpu_runs_a_model_with_attention_in_float(tmp_path: Path) -> None:
     [tool] = [tool for tool in TOOLS if tool.run == "webgpu"]
     try:
         prepared(tool)
-    except LookupError as error:
+    except CannotBeHadError as error:
         pytest.skip(f"{tool.name} cannot be had here: {error}")
     model = made(tmp_path, None)
     row = ran(tool, model.places[INLINED], model.feeds, model.reference)
@@ -106,6 +107,25 @@ def test_every_tool_has_a_version_that_is_pinned() -> None:
     for name, requirements in SETS.items():
         shown = {tool.package for tool in TOOLS if tool.where == name}
         assert shown <= {row.partition("==")[0] for row in requirements if "==" in row}, name
+
+
+def test_what_the_docs_show_is_within_the_limit_or_a_known_refusal() -> None:
+    """Of the rows that were measured: what a test of a tool asserts of a tiny model holds of the bundle as well."""
+    document = record.read(record.RESULTS / "tools.json")
+    tools = {tool.name: tool for tool in TOOLS}
+    assert {(row["tool"], row["form"]) for row in document["rows"]} == {
+        (name, form) for name in tools for form in FORMS
+    }
+    for row in document["rows"]:
+        refusal = tools[row["tool"]].refuses.get(row["form"])
+        assert refusal in row.get("refuses", "") if refusal else "refuses" not in row, row
+        assert row.get("db") is None or row["db"] >= document["limit_db"] > FAULT_DB, row
+
+
+def test_nan_in_any_output_is_no_distance() -> None:
+    one, bad = np.ones(3, np.float32), np.full(3, np.nan, np.float32)
+    assert np.isnan(distance_db({"a": one, "b": one}, {"a": one, "b": bad}))
+    assert np.isnan(distance_db({"b": one, "a": one}, {"b": bad, "a": one}))
 
 
 def test_feeds_have_the_sizes_that_are_asked_for() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.tools.environments import CannotBeHadError
 from export import to_onnx
 from export.models import nvfp4
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
@@ -47,7 +48,7 @@ def results(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The folder that tests/support/modelopt_run.py fills."""
     try:
         python = python_with("modelopt", REQUIREMENT)
-    except LookupError as error:
+    except CannotBeHadError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("results")
     words = [str(python), "-m", "tests.support.modelopt_run", model.source, str(folder)]

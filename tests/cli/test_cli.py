@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
+import math
 import os
 import platform
 import re
@@ -15,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from export.errors import ContractError, EnvironmentLacksError, ParityError, RecipeError, ResourceError
@@ -23,7 +26,7 @@ from pipeline import progress
 from pipeline import recipe as recipes
 from pipeline.backends.rtx import RtxOptions
 from pipeline.build import make_parser, resolve
-from pipeline.command import AnswerError, Parser, Table, judge, kebab, parser, rendered, run
+from pipeline.command import Answer, AnswerError, Parser, Table, judge, kebab, parser, rendered, run
 from pipeline.compiler import BuildRequest, drop_other_targets
 from pipeline.list import tables as list_tables
 from pipeline.methods import METHODS
@@ -485,3 +488,18 @@ def test_heartbeat_shows_life_and_ends(caplog: pytest.LogCaptureFixture, monkeyp
     count = len(caplog.records)
     time.sleep(0.05)
     assert "verify: still at work after" in caplog.text and len(caplog.records) == count
+
+
+def test_answers_are_json_whatever_the_numbers_are() -> None:
+    """RFC 8259 has neither Infinity nor NaN, and readers of other languages refuse them."""
+    stream = io.StringIO()
+    answer = Answer(stream, as_json=True)
+    answer.event(event="gate", value=math.inf, limit=-math.inf, of=Path("a"))
+    answer.document({"rows": [{"value": math.nan}, np.float32(1.5)]})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    event, document = (json.loads(line, parse_constant=refuse) for line in stream.getvalue().splitlines())
+    assert event == {"event": "gate", "value": "inf", "limit": "-inf", "of": "a"}
+    assert document == {"rows": [{"value": None}, 1.5]}

@@ -12,8 +12,9 @@ import pytest
 
 from export.errors import ContractError, EnvironmentLacksError
 from pipeline.bundle.manifest import MANIFEST_FILE
+from pipeline.bundle.pipeline_bundle import manifest_sha256
 from pipeline.serve.cluster import Replicas, ReplicaStream, joined, replicas
-from pipeline.serve.replica import Replica, manifest_sha256
+from pipeline.serve.replica import Replica
 from pipeline.serve.scale import Scale
 
 

@@ -13,12 +13,13 @@ import pytest
 
 from export.errors import ContractError, RecipeError
 from pipeline.bundle.manifest import MANIFEST_FILE
+from pipeline.bundle.pipeline_bundle import manifest_sha256
 from pipeline.generate.draw import DrawRequest
 from pipeline.generate.pixel_model import PixelModel
 from pipeline.serve.jobs import Drawn, Event, Job, Preview, Row
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.remote import MOST_ENDED, RemoteBatch
-from pipeline.serve.replica import Order, Progress, Replica, manifest_sha256
+from pipeline.serve.replica import Order, Progress, Replica
 from pipeline.serve.service import Service
 from pipeline.text_to_image import Pipeline
 from tests.generate.test_generate import make_bundle

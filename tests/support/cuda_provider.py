@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from benchmarks.tools.environments import WAITED_S
+from benchmarks.tools.environments import WAITED_S, CannotBeHadError
 from export.cache_folder import cache_folder
 from tests.support.environments import without_xdist
 
@@ -29,11 +29,11 @@ LEAST: dict[str, tuple[str, ...]] = {"libcurand.so.10": (), "libcuda.so.1": ("cu
 
 
 def installed(version: str) -> Path:
-    """A folder with that release of onnxruntime-gpu and nothing else, made once. Raises LookupError with the reason
-    where it cannot be had."""
+    """A folder with that release of onnxruntime-gpu and nothing else, made once. Raises CannotBeHadError, with the
+    reason, where it cannot."""
     for tool in ("cc", "objdump"):
         if shutil.which(tool) is None:
-            raise LookupError(f"no {tool} on this machine")
+            raise CannotBeHadError(f"no {tool} on this machine")
     folder = cache_folder("tests", f"onnxruntime-gpu-{version}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -44,7 +44,9 @@ def installed(version: str) -> Path:
             command += ["--target", str(folder), requirement]
             done = subprocess.run(command, capture_output=True, text=True, timeout=WAITED_S, check=False)
             if done.returncode != 0:
-                raise LookupError(f"{requirement} cannot be installed: {(done.stderr.strip() or 'no reason')[-300:]}")
+                raise CannotBeHadError(
+                    f"{requirement} cannot be installed: {(done.stderr.strip() or 'no reason')[-300:]}"
+                )
             make_stand_ins(folder)
             (folder / "whole").touch()
     return folder

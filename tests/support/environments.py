@@ -13,7 +13,7 @@ __all__ = ["python_with", "without_xdist"]
 
 def python_with(module: str, requirement: str) -> str | Path:
     """A Python that imports `module` and all that this one does: itself, or one of an environment with `requirement`
-    beside. Raises LookupError, with the reason, where that cannot be installed."""
+    beside. Raises CannotBeHadError, with the reason, where that cannot be installed."""
     if importlib.util.find_spec(module):
         return sys.executable
     return python_environment(module, (requirement,), beside=True)

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.tools.environments import CannotBeHadError
 from tests.support.environments import python_with, without_xdist
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def python() -> str:
     """One that imports Ray."""
     try:
         return str(python_with("ray", REQUIREMENT))
-    except LookupError as error:
+    except CannotBeHadError as error:
         pytest.skip(str(error))
 
 

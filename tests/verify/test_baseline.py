@@ -122,6 +122,7 @@ def test_what_the_bundle_lacks_is_worse_and_what_is_new_is_not_compared() -> Non
     assert worse(record(), less) == []
     [row] = [row for row in compare(less, record(), []).rows if "gemm" in row.name]
     assert row.sentence() == "gates/cpu/gemm_exact: the baseline does not have it"
+    assert worse(record(gates_cpu_gemm_exact=1), less) == ["gates/cpu/gemm_exact"], "but what is new may not fail"
 
 
 def test_gates_of_a_quick_verification_are_compared_with_such_alone() -> None:

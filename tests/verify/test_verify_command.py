@@ -71,7 +71,8 @@ def test_all_that_a_pull_request_needs(
     assert (tmp_path / "s.md").read_text().count("###") == 2, "summaries are added up"
     [failure] = ElementTree.parse(tmp_path / "j.xml").iter("failure")
     assert failure.attrib["type"] == "RegressionError"
-    assert read_record(tmp_path / "b.json").numbers["gates/quant_sqnr_db"].value == 20, "the new one, as was asked for"
+    assert read_record(tmp_path / "b.json").numbers["gates/quant_sqnr_db"].value == 29.5
+    assert "b.json stays as it is; --write-baseline without --baseline takes the worse numbers for good" in log
 
 
 def test_a_bundle_is_a_baseline_too_and_tolerances_hold(
@@ -197,6 +198,11 @@ def test_a_baseline_may_be_renewed(
     path = tmp_path / "b.json"
     assert run(capsys, bundle, "--write-baseline", path)[0] == 0
     assert run(capsys, bundle, "--baseline", path, "--write-baseline", path)[0] == 0
+    before = path.read_bytes()
+    becomes(gates, WORSE)
+    for _ in range(2):
+        assert run(capsys, bundle, "--baseline", path, "--write-baseline", path)[0] == 6
+    assert path.read_bytes() == before, "what is worse does not become the measure of the next"
 
 
 def test_a_date_among_tolerances_is_refused(

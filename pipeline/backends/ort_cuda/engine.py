@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
+MIN_SM = 75  # the oldest for which onnxruntime-gpu 1.31 has kernels
 # By default it rounds operands of float32 GEMMs to 10 bits: the verified graph does not.
 CUDA_OPTIONS = {"use_tf32": "0"}
 
@@ -35,6 +36,8 @@ def machine_problem(providers: Collection[str], sm: int) -> str | None:
         )
     if not sm:
         return "running the target ort_cuda needs an NVIDIA GPU, and none is visible here"
+    if sm < MIN_SM:
+        return f"running the target ort_cuda needs a GPU of SM{MIN_SM} or newer, here is SM{sm}"
     return None
 
 

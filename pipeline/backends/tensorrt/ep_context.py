@@ -44,9 +44,11 @@ def write_context_model(
     import onnx  # `check` is for machines without the compiler, too
     from onnx import helper
 
+    from export.about import sign
     from export.dialect.graph import MICROSOFT
 
-    graph = onnx.load(lowered, load_external_data=False).graph
+    source = onnx.load(lowered, load_external_data=False)
+    graph = source.graph
     attributes: dict[str, Any] = {
         "main_context": 1,
         "embed_mode": int(form == "embedded"),
@@ -61,7 +63,10 @@ def write_context_model(
     node = helper.make_node("EPContext", inputs, outputs, name=graph.name, domain=MICROSOFT, **attributes)
     whole = helper.make_graph([node], graph.name, graph.input, graph.output)
     imports = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
-    onnx.save(helper.make_model(whole, opset_imports=imports, ir_version=10), engine.with_name(CONTEXT_MODEL))
+    model = helper.make_model(whole, opset_imports=imports, ir_version=10)
+    model.metadata_props.extend(source.metadata_props)
+    sign(model, f"EP context: runs {engine.name} by {PROVIDERS[module]}")
+    onnx.save(model, engine.with_name(CONTEXT_MODEL))
     return [CONTEXT_MODEL]
 
 

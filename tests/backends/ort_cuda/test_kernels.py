@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.tools.environments import CannotBeHadError
 from export.dialect.graph import MICROSOFT
 from pipeline.backends.ort_cuda.kernels import KERNELS, ONNXRUNTIME, has, without_kernel
 from pipeline.backends.ort_cuda.lower import LowerOrtCuda
@@ -109,7 +110,7 @@ def test_products_of_unsigned_bytes_have_none() -> None:
 def test_the_provider_takes_what_the_table_says(tmp_path: Path) -> None:
     try:
         folder = cuda_provider.installed(ONNXRUNTIME)
-    except LookupError as error:
+    except CannotBeHadError as error:
         pytest.skip(f"onnxruntime-gpu: {error}")
     rows = [(op, row, domain) for (domain, op), kinds in KERNELS.items() for row in kinds]
     refused = [("MatMulInteger", (a, b), "") for a in ("INT8", "UINT8") for b in ("INT8", "UINT8")][1:]

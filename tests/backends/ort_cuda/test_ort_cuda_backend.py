@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from benchmarks.tools.environments import CannotBeHadError
 from export.errors import EnvironmentLacksError
 from pipeline import __main__ as cli
 from pipeline import doctor, load, machine
@@ -79,7 +80,7 @@ def onnxruntime_gpu() -> Path:
     """A folder with onnxruntime-gpu, of the release that the table of kernels is of."""
     try:
         return cuda_provider.installed(ONNXRUNTIME)
-    except LookupError as error:
+    except CannotBeHadError as error:
         pytest.skip(f"onnxruntime-gpu: {error}")
 
 
@@ -124,6 +125,8 @@ def test_verify_proves_it_again(bundle: Path) -> None:
         ((), 89, "needs onnxruntime-gpu; install with: pip install onnxruntime-gpu"),
         ((CPU_PROVIDER,), 89, "has only CPUExecutionProvider; install with: pip uninstall -y onnxruntime &&"),
         (GPU, 0, "needs an NVIDIA GPU, and none is visible here"),
+        (GPU, 61, "needs a GPU of SM75 or newer, here is SM61"),
+        (GPU, 75, ""),
         (GPU, 89, ""),
     ],
 )

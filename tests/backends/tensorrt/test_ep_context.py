@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from export.about import own_version
 from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends import BACKENDS, stock_runtime
@@ -23,12 +24,14 @@ from pipeline.recipe import Recipe
 from tests.support.rtx_models import block
 
 BYTES = bytes(range(256))
+METADATA = {"recipe": "pixart_w4a6", "formats": "weights E2M1 exact_group", "license": "openrail++"}
 RECIPE = Recipe("t", "zoo:pixart_mini")
 
 
 def written(folder: Path, form: EpContext, module: str = RTX, sms: tuple[int, ...] = (89,)) -> onnx.ModelProto:
     """Of an engine of a few bytes."""
     model = ir.from_proto(block(64))
+    model.metadata_props.update(METADATA)
     LowerRtx(gemm_rows("fp8", (89,)))(model)
     ir.save(model, folder / "lowered.onnx")
     (folder / ENGINE).write_bytes(BYTES)
@@ -67,6 +70,9 @@ def test_the_node_has_what_the_providers_read(
         "source": PROVIDERS[module].encode(),
         "hardware_architecture": b"89",
     }
+    said = {row.key: row.value for row in model.metadata_props}
+    assert said == METADATA and model.producer_name == "ditc" and model.producer_version == own_version()
+    assert model.doc_string.startswith("EP context")
     shape = model.graph.input[0].type.tensor_type.shape
     assert [dim.dim_param or dim.dim_value for dim in shape.dim] == ["batch", "tokens", 64]
 
