@@ -359,6 +359,25 @@ def test_configurations_say_what_they_cannot_be() -> None:
 
 
 @pytest.mark.fast
+def test_what_is_not_the_same_number_is_told(model: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    wide = FP8_INPUT | {"_num_bits": 8}
+    Taken(model, state(model, activation=wide | {"_narrow_range": True})), Taken(model, state(model))
+    assert not caplog.records
+    Taken(model, state(model, activation=wide))
+    assert "beyond their amax end one code later there than here" in caplog.text
+    caplog.clear()
+    single = state(model)
+    names = [f"{linear.name}.weight" for linear in model.linears()]
+    half = Taken(model, replace(single, tensors={**single.tensors, **{n: single.tensors[n].half() for n in names}}))
+    assert f"({names[0].removesuffix('.weight')}, ...) to torch.float16 once more" in caplog.text
+    rounded = {**single.tensors, **{name: single.tensors[name].half().float() for name in names}}
+    whole = Taken(model, replace(single, tensors=rounded))
+    for linear in model.linears():  # the same codes and scales
+        one, other = half.layer(linear.name), whole.layer(linear.name)
+        assert one.codes.tobytes() == other.codes.tobytes() and one.scales.tobytes() == other.scales.tobytes()
+
+
+@pytest.mark.fast
 def test_what_modelopt_needs_cuda_for_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
     config = {"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": blocks}], "algorithm": "max"}

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from benchmarks.tools.environments import CannotBeHadError
-from export import to_onnx
+from export import checkpoint, to_onnx
 from export.models import nvfp4
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate import adopt, calibrate
+from pipeline.calibrate.modelopt import backend
 from pipeline.calibrate.modelopt.take_over import RECIPE_FILE, recipe_of_file
 from pipeline.generate import case as picture_case
 from pipeline.verify.effort import LARGE_INSIDE, Effort
@@ -114,6 +115,15 @@ def test_a_live_module_gives_the_layers_of_the_file(model: LoadedModel, results:
     for one, other in zip(layers, live, strict=True):
         for key in ("codes", "scales", "multipliers", "input_multiplier"):
             np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
+
+
+@pytest.mark.parametrize("name", [name for name in vars(backend) if name.endswith("_CFG")])
+def test_modelopt_calibrates_by_every_configuration(name: str, results: Path) -> None:
+    config = getattr(backend, name)
+    [weight, activation] = [row["cfg"]["backend_extra_args"] for row in config["quant_cfg"] if "cfg" in row]
+    for layer in checkpoint.load(results / "presets" / name):
+        assert (layer.weight_format, layer.activation_format) == (weight["format"], activation["format"])
+        assert (layer.granularity, layer.group_size) == (weight["granularity"], weight["group_size"])
 
 
 def test_nvfp4_weights_are_read_as_modelopt_reads_them(results: Path) -> None:

@@ -19,12 +19,14 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from torch import nn
 
+from export.errors import EnvironmentLacksError
 from export.models.load import LoadedModel, load, sample_inputs
 from export.models.torch_modules import Denoiser
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.backends.side_by_side import single_threaded_torch
-from pipeline.calibrate.modelopt.backend import W6A6_CFG, quant_config
+from pipeline.calibrate.modelopt import backend
+from pipeline.calibrate.modelopt.backend import W6A6_CFG, quant_config, refuse_without_cuda
 from pipeline.calibrate.modelopt.take_over import quantized, take_over
 
 GROUPS = quant_config("E2M1", "E2M3", "group", 32)
@@ -41,6 +43,8 @@ CASES: dict[str, Any] = {
     "fp8_svdquant": mtq.FP8_DEFAULT_CFG | {"algorithm": {"method": "svdquant", "lowrank": 4}},
     "int8": mtq.INT8_SMOOTHQUANT_CFG,
 }
+# Configurations by name, each of which calibrates and is taken over.
+PRESETS = [name for name in vars(backend) if name.endswith("_CFG")]
 SETTINGS = ["calibrate.size=1", "calibrate.timesteps=2", "sampling.n_steps=2", "sampling.guidance_scale=1.0"]
 
 
@@ -60,7 +64,28 @@ def main(source: str, folder: Path) -> None:
         mto.save(module, folder / f"{case}.pt")
         if case == "awq":
             take_over(model, recipe, module, folder / "live")
+    for name in PRESETS:
+        take_over(model, recipe, quantized(model, recipe, getattr(backend, name)), folder / "presets" / name)
     nvfp4(folder)
+    spellings(model, recipe)
+
+
+def spellings(model: LoadedModel, recipe: recipes.Recipe) -> None:
+    """ModelOpt's other ways to write a configuration give the same module, and are refused alike."""
+    parts = {"*weight_quantizer": {"num_bits": (4, 3), "axis": 0}, "*input_quantizer": {"num_bits": (4, 3)}}
+    rows = [{"quantizer_name": name, "cfg": settings} for name, settings in parts.items()]
+    ways: list[Any] = [rows, parts, [{name: settings} for name, settings in parts.items()]]
+    dicts = [quantized(model, recipe, {"quant_cfg": way, "algorithm": "max"}).state_dict() for way in ways]
+    for other in dicts[1:]:
+        assert other.keys() == dicts[0].keys() and all(torch.equal(other[name], dicts[0][name]) for name in other)
+    blocks = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+    for way in ({"*weight_quantizer": blocks}, [{"*weight_quantizer": blocks}]):
+        try:
+            refuse_without_cuda({"quant_cfg": way, "algorithm": "max"})
+        except EnvironmentLacksError as error:
+            assert "*weight_quantizer is (2, 1) in blocks with rounded scales" in str(error), error
+        else:
+            assert torch.cuda.is_available(), way
 
 
 def nvfp4(folder: Path) -> None:

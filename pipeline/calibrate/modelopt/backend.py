@@ -111,10 +111,26 @@ def _rounded_weight(x: Tensor, quantizer: Any, how: WeightRounding) -> Tensor:
 def fitted(config: Mapping[str, Any], model: LoadedModel) -> Config:
     """A configuration, of ours or of ModelOpt, with everything switched off that our engines keep in float: embedders,
     convolutions, norms, adaLN and output layers by the table of the model's family."""
+    config = standard(config)
     ours = {linear.name for linear in model.linears()}
     kept = [path for path, part in model.module.named_modules() if isinstance(part, LEAVES) and path not in ours]
     rows = [*config["quant_cfg"], *({"quantizer_name": f"{path}.*quantizer", "enable": False} for path in kept)]
     return {**config, "quant_cfg": rows}
+
+
+def standard(config: Mapping[str, Any]) -> Config:
+    """The same with a row {"quantizer_name", "cfg", "enable"} for each pattern, in order: ModelOpt also takes a dict by
+    patterns, and rows of one such entry. Raises RecipeError for what it does not take."""
+    rows = config["quant_cfg"]
+    if isinstance(rows, Sequence) and all(isinstance(row, Mapping) and "quantizer_name" in row for row in rows):
+        return {**config, "quant_cfg": list(rows)}
+    from modelopt.torch.quantization.config import normalize_quant_cfg_list
+
+    try:
+        entries = normalize_quant_cfg_list(rows)
+    except ValueError as error:
+        raise RecipeError(f"quant_cfg: {error}") from error
+    return {**config, "quant_cfg": [entry.model_dump(exclude_unset=True) for entry in entries]}
 
 
 def refuse_without_cuda(config: Mapping[str, Any]) -> None:
@@ -122,7 +138,7 @@ def refuse_without_cuda(config: Mapping[str, Any]) -> None:
     formats in blocks whose scales are rounded (NVFP4, MXFP4, MXFP6, MXFP8) have no other code there."""
     if torch.cuda.is_available():
         return
-    for row in config["quant_cfg"]:
+    for row in standard(config)["quant_cfg"]:
         for settings in _settings(row):
             if "scale_bits" in (settings.get("block_sizes") or {}) and settings.get("enable", True):
                 name, bits = row["quantizer_name"], settings.get("num_bits")

@@ -2,13 +2,15 @@
 
 Where a quantizer is one of our backend's, or E4M3, every number of the weight is the one that ModelOpt multiplies with,
 to the bit. Its integers have the same codes; it divides by what we multiply with, so their values differ in the last
-bit. Its activations are multiplied by the scale's inverse before they are rounded, ours divided by the scale: a number
+bit. Of a module in half precision it rounds each product to that type in the end, which is not done here. Its
+activations are multiplied by the scale's inverse before they are rounded, ours divided by the scale: a number
 that lies within a rounding of a midpoint may get the code beside. All that has no equal is refused, before anything is
 computed, with the quantizer's name.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
 
     from export.models.load import LinearRef, LoadedModel
 
+logger = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
 R = TypeVar("R", WeightRounding, InputRounding)
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 METHOD = "modelopt"
+FLOAT32_BYTES = 4
 KEEP = "--set 'keep=[\"{}\"]' keeps it in float"
 
 
@@ -64,6 +68,7 @@ class Taken:
         self.rows = {linear.name: self._row(linear) for linear in linears}
         self._refuse_others(model)
         _refuse_other_model(model, state)
+        self._tell_differences()
 
     def layer(self, name: str) -> QuantizedLinear:
         """The finished layer."""
@@ -124,6 +129,16 @@ class Taken:
             scale = self.state.tensor(path, "_pre_quant_scale")
             if scale is not None and not (path in taken and path.endswith(INPUT)):
                 raise RecipeError(f"{self.state.source}: {path} has a pre_quant_scale; only inputs of linears have one")
+
+    def _tell_differences(self) -> None:
+        """What is not the same number here as there, though codes and scales are."""
+        source = self.state.source
+        if wide := [name for name, row in self.rows.items() if not row.activation.narrow]:
+            words = "%s: inputs of %d linears (%s, ...) beyond their amax end one code later there than here; %s"
+            logger.warning(words, source, len(wide), wide[0], "calibrate with narrow_range where they matter")
+        if half := [name for name in self.rows if self.state.tensors[f"{name}.weight"].element_size() < FLOAT32_BYTES]:
+            words = "%s: ModelOpt rounds the weights of %d linears (%s, ...) to %s once more, engines of ours do not"
+            logger.warning(words, source, len(half), half[0], self.state.tensors[f"{half[0]}.weight"].dtype)
 
     def _amax(self, path: str) -> F32:
         amax = self.state.tensor(path, "_amax")

@@ -106,11 +106,13 @@ def _refuse_lowest(scaled: F32, fmt: Format, name: str) -> None:
 
 @dataclass(frozen=True)
 class InputRounding:
-    """As the fields of a `QuantizedLinear`; "per_tensor" goes with a calibrated amax."""
+    """As the fields of a `QuantizedLinear`; "per_tensor" goes with a calibrated amax. narrow: whether its numbers
+    end where ours do; no input lies beyond an amax that is found at run time."""
 
     format: Format
     scaling: Literal["per_token", "token_group", "per_tensor"]
     group_size: int = 0
+    narrow: bool = True
 
 
 class Refused(Exception):
@@ -153,7 +155,7 @@ def input_rounding(settings: Settings) -> InputRounding:
         return InputRounding(fmt, "per_token")
     if blocks or _axes(settings):
         raise Refused("has calibrated scales per channel or block of its input; a static activation has one scale")
-    return InputRounding(fmt, "per_tensor")
+    return InputRounding(fmt, "per_tensor", narrow=not fmt.is_integer or bool(settings.get("_narrow_range")))
 
 
 def _one_scale_per_token(settings: Settings, blocks: Mapping[int, int | None]) -> bool:
