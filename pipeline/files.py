@@ -36,6 +36,10 @@ OUT_OF_MEMORY = (
 MANIFEST_FILE, PIPELINE_FILE = "manifest.json", "pipeline.json"
 
 
+class HeldError(RecipeError):
+    """Another process writes into a folder at this time."""
+
+
 def is_bundle(folder: Path) -> bool:
     """Is the folder sealed as a bundle, whole or not?"""
     return any((folder / name).is_file() for name in (MANIFEST_FILE, PIPELINE_FILE))
@@ -75,7 +79,7 @@ def sync(path: Path) -> None:
 def lock(folder: Path, who: str) -> int:
     """Lock a folder until the descriptor that is returned is closed, or the process ends in whatever way.
 
-    Raises RecipeError naming the process if another `who` ("build") holds it.
+    Raises HeldError naming the process if another `who` ("build") holds it.
     """
     import fcntl  # not on Windows, where bundles are loaded with this module
 
@@ -85,12 +89,22 @@ def lock(folder: Path, who: str) -> int:
     except BlockingIOError as error:
         holder = _holder(descriptor)
         os.close(descriptor)
-        remedy = "wait for it, stop it, or choose another --output-dir"
-        raise RecipeError(f"another {who}{holder} is writing {folder}; {remedy}") from error
+        remedy = "wait for it, stop it, or write to another folder"
+        raise HeldError(f"another {who}{holder} is writing {folder}; {remedy}") from error
     if not _is_at(descriptor, folder):  # its holder removed it between our two calls
         os.close(descriptor)
-        raise RecipeError(f"another {who} ended and removed {folder} at this moment; run the command again")
+        raise HeldError(f"another {who} ended and removed {folder} at this moment; run the command again")
     return descriptor
+
+
+@contextmanager
+def locked(folder: Path, who: str) -> Iterator[None]:
+    """Within, `lock`."""
+    descriptor = lock(folder, who)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _holder(descriptor: int) -> str:

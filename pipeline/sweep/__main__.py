@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from export.errors import EnvironmentLacksError, RecipeError, ResourceError, Swe
 from pipeline import machine
 from pipeline.bundle.stages import SAVED
 from pipeline.command import Answer, Parser, Table, parser, run
-from pipeline.files import lock, refuse_unwritable, remove
+from pipeline.files import locked, refuse_unwritable, remove
 from pipeline.progress import track
 from pipeline.signals import leave
 from pipeline.sweep import results
@@ -58,16 +57,17 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     folder = args.output_dir or Path("sweeps") / args.sweep.stem
     place = Place(folder.absolute(), (args.calibrations or folder / "calibrations").absolute())
     _refuse_occupied(place.folder, args.resume, args.force)
+    refuse_unwritable(place.calibrations, True, "--calibrations")
     builds = read_sweep(args.sweep)
-    if args.resume and not args.dry_run:
-        remove_fragments(place)
     with _runner(args) as runner:
+        if args.resume and not args.dry_run:
+            remove_fragments(place)
         checked = _checked(builds, place, runner, args.force)
         if args.dry_run:
             return _dry_run(builds, checked, place, answer)
         with _kept_for_resume(place.folder, args.force):
             rows = _done(builds, checked, place, runner, answer)
-            rows = {name: results.with_bundle(row, place) for name, row in rows.items()}
+            rows = {name: results.with_result(row, place) for name, row in rows.items()}
             _write(rows, place)
     failed = results.failures(rows.values())
     documents = [row.document() for row in rows.values()]
@@ -98,8 +98,8 @@ def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
 def _runner(args: argparse.Namespace) -> Iterator[Runner]:
     """What does the jobs. Raises RecipeError for flags that do not go together."""
     if args.ray is None:
-        if given := [name for name in ("cpus_per_job", "gpus_per_job") if getattr(args, name) is not None]:
-            raise RecipeError(f"--{given[0].replace('_', '-')} without --ray; this process does one job at a time")
+        if flags := [name for name in ("cpus_per_job", "gpus_per_job") if getattr(args, name) is not None]:
+            raise RecipeError(f"--{flags[0].replace('_', '-')} without --ray; this process does one job at a time")
         yield in_turn
         return
     gpus = args.gpus_per_job or 0.0
@@ -164,17 +164,15 @@ def _dry_run(builds: list[Build], checked: dict[str, Checked], place: Place, ans
 def _kept_for_resume(folder: Path, force: bool) -> Iterator[None]:
     """Within, the folder is this sweep's. Adds to an interruption that finished jobs are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = lock(folder, "sweep")
-    try:
+    with locked(folder, "sweep"):
         for name in WRITTEN if force else ():
             remove(folder / name)
-        yield
-    except BaseException as error:
-        if not isinstance(error, UserError):
-            error.__notes__ = [f"{SAVED}{folder}; run the same command again with --resume"]
-        raise
-    finally:
-        os.close(descriptor)
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, UserError):
+                error.__notes__ = [f"{SAVED}{folder}; run the same command again with --resume"]
+            raise
 
 
 def _done(

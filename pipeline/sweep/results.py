@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from export.documents import plain, whole_file
+from export.errors import ContractError
 from pipeline import machine
 from pipeline.backends import tool_versions
 from pipeline.bundle.bundle import Bundle, load_bundle
@@ -16,7 +17,7 @@ from pipeline.files import write_json
 from pipeline.sweep.jobs import Ended
 from pipeline.sweep.plan import Build
 from pipeline.sweep.work import STATE, Checked, Place
-from pipeline.verify.record import SPEED, Number, Record, stored_record
+from pipeline.verify.record import SPEED, Number, Record, rejected_gates, stored_record
 from pipeline.verify.report import number
 
 SCHEMA_VERSION = 1
@@ -35,7 +36,8 @@ ABSENT = "-"
 @dataclass(frozen=True)
 class Row:
     """One build. status: kept is one that an earlier run of the sweep has built. seconds: of the build alone. bundle,
-    record: what came of it, and its numbers; None of one that failed or waits."""
+    record: what came of it, and its numbers; None of one that failed or waits. rejected: what the gates of one that
+    failed them measured."""
 
     build: Build
     status: Status = "waiting"
@@ -43,11 +45,12 @@ class Row:
     ended: Ended | None = None
     bundle: Bundle | None = None
     record: Record | None = None
+    rejected: Mapping[str, Number] = field(default_factory=dict)
 
     @property
     def numbers(self) -> Mapping[str, Number]:
         """By the names of `pipeline.verify.record`."""
-        return {} if self.record is None else self.record.numbers
+        return self.rejected if self.record is None else self.record.numbers
 
     @property
     def formats(self) -> str:
@@ -76,12 +79,17 @@ def with_end(row: Row, ended: Ended) -> Row:
     return replace(row, status="built" if ended.passed else "failed", ended=ended)
 
 
-def with_bundle(row: Row, place: Place) -> Row:
-    """The row with its bundle, whose files are verified. Raises ContractError for a damaged one."""
-    if row.status not in ("built", "kept"):
-        return row
-    bundle = load_bundle(place.bundle(row.build.name))
-    return replace(row, bundle=bundle, record=stored_record(bundle))
+def with_result(row: Row, place: Place) -> Row:
+    """The row with its bundle, whose files are verified; one that was damaged meanwhile has failed. Of one that failed
+    its gates, what they measured."""
+    name = row.build.name
+    if row.status == "failed":
+        return replace(row, rejected=rejected_gates(place.rejected(name)))
+    try:
+        bundle = load_bundle(place.bundle(name))
+        return replace(row, bundle=bundle, record=stored_record(bundle))
+    except ContractError as error:
+        return replace(row, status="failed", ended=Ended(name, None, error.exit_code, str(error)))
 
 
 def write_state(rows: Mapping[str, Row], place: Place) -> None:

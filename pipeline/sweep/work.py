@@ -13,18 +13,19 @@ The folder of a sweep, on a file system that all machines see at the same path:
 from __future__ import annotations
 
 import logging
-import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from export.errors import ContractError, RecipeError, UserError
+from export.errors import ContractError, UserError
 from pipeline import machine
 from pipeline.calibrate import calibrate, origin
 from pipeline.compile_pipeline import is_same
 from pipeline.compiler import PARTIAL, BuildRequest, Prepared, compile_prepared, prepare
-from pipeline.files import is_bundle, lock, remove, sha256_json
+from pipeline.files import HeldError, is_bundle, locked, remove, sha256_json
+from pipeline.signals import HEARD_WITHIN_S
 from pipeline.sweep.jobs import Job
 from pipeline.sweep.plan import Build
 
@@ -89,30 +90,35 @@ def calibrate_for(build: Build, place: Place, calibration: str) -> None:
     """Finish the layers that a build needs, or take up where another try was stopped. Raises UserError subclasses."""
     prepared, folder = prepare(request(build, place)), place.calibrations / calibration
     try:
+        _calibrate(prepared, folder)
+    except ContractError as error:  # of a copy that was cut short, for example
+        logger.warning("%s; the layers are made again", error)
+        with suppress(HeldError, FileNotFoundError), locked(folder, "calibration"):
+            remove(folder)
+        _calibrate(prepared, folder)
+
+
+def _calibrate(prepared: Prepared, folder: Path) -> None:
+    """As `calibrate`; what another sweep is making is waited for, and then taken. Whatever else is raised, finished
+    layers stay for the next try."""
+    while True:
         try:
             calibrate(prepared.model, prepared.recipe, folder)
-        except ContractError as error:  # of a copy that was cut short, for example
-            logger.warning("%s; the layers are made again", error)
-            _remove_calibration(folder)
-            calibrate(prepared.model, prepared.recipe, folder)
-    except UserError:
-        _remove_calibration(folder)
-        raise
-
-
-def _remove_calibration(folder: Path) -> None:
-    """Unless another process has it."""
-    with suppress(RecipeError, FileNotFoundError):
-        os.close(lock(folder, "calibration"))
-        remove(folder)
+            return
+        except HeldError as error:
+            logger.info("%s; waiting for it", error)
+            time.sleep(HEARD_WITHIN_S)
 
 
 def remove_fragments(place: Place) -> None:
-    """Remove what copying has left of bundles; a build leaves none."""
-    for path in (place.folder / "bundles").glob("*"):
-        if path.suffix != PARTIAL and not is_bundle(path):
-            logger.warning("%s is a part of a bundle; it is built again", path)
-            remove(path)
+    """Remove what copying has left of bundles; a build leaves none. Raises HeldError where a sweep is at work."""
+    if not place.folder.is_dir():
+        return
+    with locked(place.folder, "sweep"):
+        for path in (place.folder / "bundles").glob("*"):
+            if path.suffix != PARTIAL and not is_bundle(path):
+                logger.warning("%s is a part of a bundle; it is built again", path)
+                remove(path)
 
 
 def build_engine(build: Build, place: Place, calibration: str) -> None:

@@ -187,12 +187,10 @@ def _named(kind: str, component: str, name: str) -> str:
 
 
 def _of_rows(rows: Iterable[GateRow], prefix: str = "") -> dict[str, Number]:
-    return {
-        f"{prefix}{row['name']}": Number(
-            number_of(row["value"]), row["unit"], row["at_most"], number_of(row["limit"])
-        )
-        for row in rows
-    }  # fmt: skip
+    def of(row: GateRow) -> Number:
+        return Number(number_of(row["value"]), row["unit"], row["at_most"], number_of(row["limit"]))
+
+    return {f"{prefix}{row['name']}": of(row) for row in rows}
 
 
 def sizes(bundle: Bundle) -> dict[str, int]:
@@ -216,6 +214,17 @@ def _pipeline_gates(whole: PipelineBundle) -> list[GateRow]:
         raise ContractError(f"{whole.path} has no {REPORT}, so nothing says what its gates found; build it again")
     with verified_copy(whole.path, {REPORT: files[REPORT]}) as private:
         return read_json(private / REPORT, Parity, Rules(version=REPORT_VERSION))["gates"]
+
+
+def rejected_gates(folder: Path) -> dict[str, Number]:
+    """What the gates of an engine measured that failed some, by names as in a Record; none where there is no report.
+
+    folder: what a build keeps of such an engine.
+    """
+    if not (folder / REPORT).is_file():
+        return {}
+    gates = read_json(folder / REPORT, Parity, Rules(version=REPORT_VERSION))["gates"]
+    return {f"{GATES}/{name}": number for name, number in _of_rows(gates).items()}
 
 
 def _measured(bundle: Bundle) -> Measured | None:
