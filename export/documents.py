@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +37,7 @@ BIGGEST_INTEGER = 2**63 - 1
 # Line ends and tabs aside: they would steer a terminal that shows them, or cannot be encoded.
 UNSHOWN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SHOWN_CHARACTERS = 80
+LISTED = 5
 KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -274,6 +275,16 @@ def _first_fault(error: ValidationError) -> str:
     if row["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a TypedDict, and of a dataclass
         return f"key {key!r} is unknown"
     return f"{key} is {shown(row['input'])}; {row['msg'].replace('Input', 'it', 1)}"
+
+
+def listed(sentences: Sequence[str]) -> str:
+    """The first few for a message, and how many there are more.
+
+    >>> listed(list("abcdefg"))
+    'a; b; c; d; e; and 2 more'
+    """
+    more = f"; and {len(sentences) - LISTED} more" if len(sentences) > LISTED else ""
+    return f"{'; '.join(sentences[:LISTED])}{more}"
 
 
 def shown(value: object) -> str:

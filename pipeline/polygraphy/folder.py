@@ -80,7 +80,7 @@ def write_folder(
     rows = layer_table(layers, lowered, graphs, calls, threads) if layers else []
     if rows:
         write_table(rows, folder / TABLE)
-        logger.info("of %d quantized linears %s is nearest to its limit: %.1f dB above", *_worst(rows))
+        tell(rows)
     layer_limits: dict[str, float] = {}
     if rows and PORTABLE in lowered and not is_large(model):
         layer_limits = _save_layers(calls, lowered[PORTABLE], folder)
@@ -105,8 +105,15 @@ def script_of_all(targets: Sequence[str]) -> str:
     return "\n".join(["#!/bin/sh", "set -u", 'here="$(dirname "$0")"', "status=0", *each, 'exit "$status"', ""])
 
 
-def _worst(rows: Sequence[LayerRow]) -> tuple[int, str, float]:
-    return len(rows), rows[0].name, rows[0].margin_db
+def tell(rows: Sequence[LayerRow]) -> None:
+    """Say in the log which linear is nearest to its limit; a warning where some are below."""
+    worst, below = rows[0], sum(row.margin_db < 0 for row in rows)
+    if below:
+        words = "%d of %d quantized linears are below their limit, the worst is %s: %.1f dB; see %s"
+        logger.warning(words, below, len(rows), worst.name, worst.margin_db, TABLE)
+    else:
+        words = "of %d quantized linears %s is nearest to its limit: %.1f dB above"
+        logger.info(words, len(rows), worst.name, worst.margin_db)
 
 
 def _save_calls(calls: Sequence[Arrays], path: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from export.documents import listed
 from export.errors import EnvironmentLacksError, RecipeError, ResourceError, SweepError, UserError
 from pipeline import machine
 from pipeline.bundle.stages import SAVED
@@ -24,8 +25,6 @@ from pipeline.sweep.work import STATE, WRITTEN, Checked, Place, check_jobs, remo
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Build every combination of a TOML file's recipes, models, methods and options, and compare the bundles."
-# How many failed jobs a message names.
-NAMED = 5
 MOST_UNITS = 1000  # processors or GPUs of a job
 
 
@@ -74,7 +73,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     answer.document({"event": "sweep", "path": str(place.folder), "builds": documents}, results.summary(rows.values()))
     if failed:
         named = [f"{row.build.name}: {row.ended.reason}" for row in failed if row.ended]
-        raise SweepError(f"{len(failed)} of the {len(rows)} engines in {place.folder} failed: {_listed(named)}")
+        raise SweepError(f"{len(failed)} of the {len(rows)} engines in {place.folder} failed: {listed(named)}")
     answer.event(event="result", passed=True, exit_code=0, path=str(place.folder))
     answer.line(f"PASSED {place.folder}")
     return 0
@@ -127,14 +126,9 @@ def _checked(builds: list[Build], place: Place, runner: Runner, anew: bool) -> d
         kinds: dict[int, type[UserError]] = {kind.exit_code: kind for kind in (EnvironmentLacksError, ResourceError)}
         codes = {row.exit_code for row in refused}
         kind = kinds.get(codes.pop(), RecipeError) if len(codes) == 1 else RecipeError
-        named = _listed([f"{row.name}: {row.reason}" for row in refused])
+        named = listed([f"{row.name}: {row.reason}" for row in refused])
         raise kind(f"{len(refused)} of {len(builds)} engines cannot be built, so nothing was begun: {named}")
     return {row.name: replace(row.result, done=row.result.done and not anew) for row in ended}
-
-
-def _listed(sentences: Sequence[str]) -> str:
-    more = f"; and {len(sentences) - NAMED} more" if len(sentences) > NAMED else ""
-    return f"{'; '.join(sentences[:NAMED])}{more}"
 
 
 def _dry_run(builds: list[Build], checked: dict[str, Checked], place: Place, answer: Answer) -> int:

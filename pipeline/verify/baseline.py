@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NotRequired
 from annotated_types import Ge, Le, MinLen
 from typing_extensions import TypedDict
 
-from export.documents import MOST_TOML_BYTES, Rules, parse_toml, plain, read_text, validated
+from export.documents import MOST_TOML_BYTES, Rules, listed, parse_toml, plain, read_text, validated
 from export.errors import RecipeError
 from pipeline.verify.record import GATES, SPEED, Number, Record
 
@@ -25,8 +25,6 @@ RULES = Rules(
     "write it by this version's docs/ci.md, or install the version that it is for",
     extra="forbid",
 )
-# How many numbers the verdict names.
-NAMED = 5
 Verdict = Literal["worse", "better", "as good", "not compared"]
 Amount = Annotated[float, Ge(0), Le(1e12)]
 
@@ -116,12 +114,11 @@ class Comparison:
         return [row for row in self.rows if row.verdict == "worse"]
 
     def sentence(self) -> str:
-        """The verdict in one line, with the first NAMED numbers that are worse."""
+        """The verdict in one line, with the first numbers that are worse."""
         if not self.worse:
             compared = sum(row.verdict != "not compared" for row in self.rows)
             return f"no worse than the baseline in {compared} numbers"
-        more = f"; and {len(self.worse) - NAMED} more" if len(self.worse) > NAMED else ""
-        return f"worse than the baseline: {'; '.join(row.sentence() for row in self.worse[:NAMED])}{more}"
+        return f"worse than the baseline: {listed([row.sentence() for row in self.worse])}"
 
     def document(self) -> dict[str, object]:
         """For JSON."""

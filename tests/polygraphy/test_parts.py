@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -103,3 +105,17 @@ def test_a_folder_in_a_bundle_and_a_missing_package_are_refused_before_work(
     capsys.readouterr()
     assert verb.main([str(bundle), "--polygraphy", str(tmp_path / "out")]) == 3
     assert "pip install 'ditc[polygraphy]'" in capsys.readouterr().err
+
+
+def test_layers_below_their_limit_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def row(name: str, db: float) -> LayerRow:
+        return LayerRow(name, "ff", "E2M1 x E2M3", {"cpu": db}, {"cpu": 30.0})
+
+    with caplog.at_level(logging.INFO):
+        folder.tell([row("a", 31.5), row("b", 40)])
+        folder.tell([row("c", math.nan), row("d", 29), row("e", 40)])
+    good, bad = caplog.records
+    assert good.levelname == "INFO" and good.getMessage().endswith("a is nearest to its limit: 1.5 dB above")
+    assert (
+        bad.levelname == "WARNING" and "2 of 3 quantized linears are below their limit, the worst is c" in bad.message
+    )
