@@ -76,10 +76,15 @@ def is_hub_link(path: Path, folder: Path) -> bool:
     return path.resolve().parent == blobs and not blobs.is_symlink()
 
 
+def as_one_name(name: str) -> str:
+    """Equal for two names that are one file where case, or the form of accents, does not matter."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def distinct(names: Iterable[str], named_in: Path) -> None:
     """Raise ContractError if two of the names are one file where case, or the form of accents, does not matter."""
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        other = known.setdefault(as_one_name(name), name)
         if other != name:
             raise ContractError(f"{named_in}: {other!r} and {name!r} are one file on some systems; {REMEDY}")

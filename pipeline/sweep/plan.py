@@ -15,9 +15,9 @@ from typing_extensions import TypedDict
 
 from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text, validated
 from export.errors import RecipeError
-from export.names import check_name
+from export.names import as_one_name
 from pipeline import recipe as recipes
-from pipeline.compiler import fitting_targets, parse_targets
+from pipeline.compiler import PARTIAL, fitting_targets, parse_targets
 from pipeline.parts import is_whole
 from pipeline.recipe import Recipe
 
@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 # More are a slip of the finger: a product of a few axes is a large number soon.
 MOST_BUILDS = 1000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+MOST_NAME_BYTES = 200  # of an engine's name; the files of its name have endings, and systems end at 255
 # Keys of a recipe that are axes of their own: key -> how it is said.
 AXES = {"name": "recipes", "model": "[models]", "calibrate.method": "methods"}
 Settings = dict[str, object]
@@ -102,6 +103,8 @@ def _builds(stated: SweepFile) -> Iterator[Build]:
     for name in (*models, *options):
         if not NAME.fullmatch(name):
             raise RecipeError(f"the name {name!r} becomes a part of a folder's; use letters, digits, _, . and -")
+    if empty := [name for name, model in models.items() if not model.strip()]:
+        raise RecipeError(f"models.{empty[0]} is empty; give a folder, a hub id or zoo:NAME, as to -m")
     axes: dict[str, Sequence[str]] = {
         "recipe": list(bases),
         "model": list(models),
@@ -116,12 +119,21 @@ def _builds(stated: SweepFile) -> Iterator[Build]:
     for chosen in product(*used.values()):
         place = dict(zip(used, chosen, strict=True))
         name = "-".join(chosen)
-        check_name(name, Path("the name of an engine"), RecipeError)
+        _refuse_name(name)
         recipe = bases[place["recipe"]]
         model = models[place["model"]] if "model" in place else None
         settings = [stated.get("set", {}), options[place["options"]] if "options" in place else {}]
         recipe = _resolved(recipe, model, place.get("method"), settings, name)
         yield Build(name, recipe, _targets(stated.get("targets", "auto"), recipe), place)
+
+
+def _refuse_name(name: str) -> None:
+    """Raise RecipeError for a name, of parts that are names, that cannot be a folder's, or is a work folder's."""
+    if (size := len(name.encode())) > MOST_NAME_BYTES:
+        raise RecipeError(f"the engine's name {name[:40]}... has {size} bytes; use shorter names, of {MOST_NAME_BYTES}")
+    ending = next((end for end in (PARTIAL, ".") if name.lower().endswith(end)), None)
+    if ending:
+        raise RecipeError(f"the engine's name {name} ends in {ending!r}, which no bundle's may; rename that part of it")
 
 
 def _resolved(recipe: Recipe, model: str | None, method: str | None, settings: Sequence[Settings], name: str) -> Recipe:
@@ -139,6 +151,7 @@ def _resolved(recipe: Recipe, model: str | None, method: str | None, settings: S
     for table in settings:
         document = recipes.merged_tables(document, table)
     recipe = recipes.from_dict(document, name)
+    recipe = recipes.with_model(recipe, None, None, recipe.model_config)
     if not recipe.calibrate.prompts:
         return recipe
     return replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(Path(recipe.calibrate.prompts).absolute())))
@@ -153,5 +166,6 @@ def _refuse_equal(names: Sequence[str]) -> None:
     """Raise RecipeError where two engines would have one folder, also where a file system takes a for A."""
     seen: dict[str, str] = {}
     for name in names:
-        if (other := seen.setdefault(name.lower(), name)) is not name:
-            raise RecipeError(f"{other} and {name} would have one folder; state each value of an axis once")
+        if (other := seen.setdefault(as_one_name(name), name)) is not name:
+            remedy = "state each value of an axis once, by names that differ when joined by - and in lower case"
+            raise RecipeError(f"{other} and {name} would have one folder; {remedy}")

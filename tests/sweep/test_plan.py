@@ -9,6 +9,7 @@ import pytest
 from export.errors import RecipeError
 from pipeline.sweep.plan import MOST_BUILDS, Build, read_sweep
 
+ZOO = "zoo:pixart_mini"
 HEAD = 'schema_version = 1\nrecipes = ["pixart_w4a6"]\ntargets = "cpu"\n'
 
 
@@ -55,8 +56,11 @@ def test_without_axes_it_is_the_recipe_itself(tmp_path: Path) -> None:
 def test_files_have_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    [build] = read(tmp_path, HEAD + '[models]\na = "model"\n[set]\ncalibrate.prompts = "prompts.txt"\n')
+    (tmp_path / "config.json").write_text("{}")
+    settings = '[set]\ncalibrate.prompts = "prompts.txt"\nmodel_config = "config.json"\n'
+    [build] = read(tmp_path, f'{HEAD}[models]\na = "model"\n{settings}')
     assert build.recipe.model == str(tmp_path / "model")
+    assert build.recipe.model_config == str(tmp_path / "config.json")
     assert build.recipe.calibrate.prompts == str(tmp_path / "prompts.txt")
 
 
@@ -74,6 +78,14 @@ def test_files_have_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (HEAD.replace("cpu", "abacus"), "target 'abacus' is unknown"),
         (HEAD + "[options.a]\nweights.colour = 3\n", "pixart_w4a6-a: key weights.colour is unknown"),
         (HEAD + "[options.a]\n[options.A]\n", "would have one folder"),
+        (
+            HEAD + f"[models]\na = '{ZOO}'\na-b = '{ZOO}'\n[options.b-c]\n[options.c]\n",
+            "one folder; .*when joined by -",
+        ),
+        (HEAD + '[options.a]\n[options."a.Partial"]\n', r"w4a6-a\.Partial ends in '\.partial', which no bundle's may"),
+        (HEAD + '[options."a."]\n', r"w4a6-a\. ends in '\.', which no bundle's may; rename"),
+        (HEAD + f"[options.{'a' * 189}]\n", "has 201 bytes; use shorter names, of 200"),
+        (HEAD + '[models]\na = ""\n', "models.a is empty; give a folder, a hub id"),
         (HEAD + '[options."../a"]\n', "use letters, digits"),
         (HEAD + '[set]\nmodel = "x"\n', r"it is an axis, state it as \[models\]"),
         (HEAD + '[options.a]\ncalibrate.method = "rtn"\n', "state it as methods"),
