@@ -74,6 +74,14 @@ class Graph:
         self.nodes.append(make_node("QuantizeActivation", [x], outputs, name=name, format=format_name))
         return outputs[0], outputs[1]
 
+    def quantize_static(self, x: str, format_name: str, name: str, scale: float, zero: float = 0.0) -> tuple[str, str]:
+        constants = {f"{name}/scale": scale, f"{name}/zero": zero}
+        self.initializers += [numpy_helper.from_array(np.float32([value]), key) for key, value in constants.items()]
+        self.nodes.append(
+            make_node("QuantizeStatic", [x, *constants], [f"{name}/codes"], name=name, format=format_name)
+        )
+        return f"{name}/codes", f"{name}/scale"
+
     def norm_quantize(self, x: str, format_name: str, name: str) -> tuple[str, str]:
         outputs = [f"{name}/codes", f"{name}/scale"]
         choices = {"format": format_name, "epsilon": 1e-6}

@@ -21,12 +21,13 @@ from pipeline.passes.quantized_gemm import STORED
 
 @dataclass(frozen=True)
 class Token:
-    """x: the float32 tensor that is quantized, [..., K]. value: x / scale. scale: [..., 1]; None for a constant, which
-    belongs to the GEMM then."""
+    """x: the float32 tensor that is quantized, [..., K]. value: x / scale, within the format's range. scale: [..., 1];
+    None for a constant, which belongs to the GEMM then. quotient: the value before it was clipped."""
 
     x: ir.Value
     value: ir.Value
     scale: ir.Value | None
+    quotient: ir.Value
 
 
 def emit_norm_modulate(build: GraphBuilder, node: ir.Node, width: int) -> ir.Value:
@@ -46,7 +47,8 @@ def emit_token(build: GraphBuilder, x: ir.Value, format_name: str) -> Token:
     )
     bounded = build.op("Max", absmax, build.constant(ABSMAX_FLOOR), name="bounded")
     scale = build.op("Div", bounded, build.constant(get_format(format_name).max_value), name="scale")
-    return Token(x, build.op("Div", x, scale, name="value"), scale)
+    value = build.op("Div", x, scale, name="value")
+    return Token(x, value, scale, value)
 
 
 def emit_static(build: GraphBuilder, x: ir.Value, format_name: str, scale: float, zero: float) -> Token:
@@ -56,7 +58,7 @@ def emit_static(build: GraphBuilder, x: ir.Value, format_name: str, scale: float
     value = build.op("Div", shifted, build.constant(scale), name="value")
     lowest = build.constant(-fmt.max_value if fmt.sign_bits else 0.0)
     within = build.op("Clip", value, lowest, build.constant(fmt.max_value), name="within")
-    return Token(x, within, None)
+    return Token(x, within, None, value)
 
 
 def emit_limbs(build: GraphBuilder, token: Token, number: HardwareNumber) -> tuple[ir.Value, ...]:

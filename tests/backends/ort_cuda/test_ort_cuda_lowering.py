@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from export.errors import ContractError
-from export.formats.format import get_format, unpack
+from export.formats.format import encode, fold_negative_zero, get_format, unpack
 from pipeline.backends.ort_cuda.lower import GEMMS, LowerOrtCuda
 from pipeline.passes.probes import ProbeRow
 from tests.backends.rtx.test_rtx_lowering import ACTIVATIONS, oracle_images, probed, run, tokens, weight_images
-from tests.support.rtx_models import Linear, block, single
+from tests.support.rtx_models import Graph, Linear, block, single
 
 WEIGHTS = [("E2M1", 0), ("E2M1", 16), ("E1M2", 16), ("INT4", 0), ("INT6", 0)]
 PATHS = {
@@ -62,6 +62,37 @@ def test_codes_and_integer_sums_are_exact(activation: str, of_weight: tuple[str,
         assert np.array_equal(got[row.gemm], (total * row.gemm_unit).astype(np.float32))
         # The rest is the same float32 arithmetic as the portable op's: scales, then bias.
         assert np.array_equal(got["y"], run(source, {"x": x})["y"])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_static_scales_open_with_all_optimizers_and_give_the_same_codes(activation: str) -> None:
+    """As the engine is opened: the gates prove the graph with basic optimizations alone."""
+    linear, fmt, graph = Linear("layer", activation=activation), get_format(activation), Graph()
+    signed, scale = bool(fmt.sign_bits or fmt.is_integer), np.float32(2.0 / fmt.max_value)
+    zero = 0.0 if signed else -0.25
+    graph.linear(graph.quantize_static("x", activation, "layer/quantize", float(scale), zero), linear, "y")
+    source = graph.model(linear.in_features, {"y": linear.out_features})
+    model, rewrite = lowered(source)
+    row, x = rewrite.probes[0], np.random.default_rng(0).normal(size=(3, 5, linear.in_features)).astype(np.float32)
+    x[0, 0] *= 100  # beyond the range
+    got = run(with_codes_as_floats(model, row), {"x": x}, (*row.codes, row.gemm))
+    quotient = ((x - np.float32(zero)) / scale).astype(np.float64)
+    clipped = np.clip(quotient, -fmt.max_value if signed else 0.0, fmt.max_value)
+    images = fmt.integers[fold_negative_zero(fmt, encode(fmt, clipped))]
+    assert np.abs(images).max() == fmt.kmax and np.array_equal(probed(row, got), images)
+    total = images.astype(np.int64) @ weight_images(linear).T.astype(np.int64)
+    largest = np.abs(images).astype(np.int64) @ np.abs(weight_images(linear)).T.astype(np.int64)
+    # E4M3 alone has sums beyond float32: each of its additions rounds once.
+    bound = (0 if row.exact else linear.in_features * 2.0**-24) * largest
+    assert (np.abs(got[row.gemm] / row.gemm_unit - total) <= bound).all()
+    exact = run(source, {"x": x})["y"].astype(np.float64)
+    unit = (
+        linear.arrays()["scales"][:, 0] * float(scale) * 2.0 ** -(fmt.fraction_bits + get_format("E2M1").fraction_bits)
+    )
+    roundings = (
+        4 * 2.0**-24 * (np.abs(exact) + np.abs(linear.arrays()["bias"]))
+    )  # two scales and their product, the sum
+    assert (np.abs(got["y"] - exact) <= roundings + 2 * bound * unit).all()
 
 
 def test_sums_beyond_float32_are_exact_in_int32() -> None:
