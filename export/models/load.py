@@ -145,7 +145,7 @@ def load(
     part = "transformer" if half is None else "vae"
     folder = _model_folder(root, part)
     config_path, remedy = _config_file(config, folder, part)
-    values = _read_config(config_path, remedy)
+    values, quantized = _read_config(config_path, remedy)
     family, notes = _family_of(values, config_path, half)
     family = family if keep is None else replace(family, held=keep)
     files = _weights(root, folder, variant)
@@ -159,7 +159,7 @@ def load(
             f"{folder}: {family.class_name} has no linear in repeated blocks; there is nothing to quantize"
         )
     absent = _quantized_tensors(module, family) if kept_only else set()
-    weights = _read(files, values, module, absent, family)
+    weights = _read(files, values, module, absent, family, quantized)
     _assign(module, family, dict(weights.tensors) | _nan(module, absent))
     logger.info("%s: %s", source, weights)
     for name in weights.used:
@@ -207,20 +207,30 @@ def _weights(root: Path, folder: Path, variant: str) -> WeightsFiles:
     return weights_file(root)
 
 
-def _read(files: WeightsFiles, config: Config, module: nn.Module, absent: set[str], family: Family) -> Weights:
-    """The tensors of `module` but for those in `absent`, with every tensor of the files accounted for."""
+def _read(
+    files: WeightsFiles,
+    config: Config,
+    module: nn.Module,
+    absent: set[str],
+    family: Family,
+    quantized: bool = False,
+) -> Weights:
+    """The tensors of `module` but for those in `absent`, with every tensor of the files accounted for. quantized: by
+    config.json."""
     shapes = {name: shape for name, shape in _shapes(module).items() if name not in absent}
     positions = getattr(getattr(module, "pos_embed", None), "pos_embed", None)
-    return read_weights(files, config, shapes, positions, family.absent)
+    return read_weights(files, config, shapes, positions, family.absent, quantized)
 
 
-def _read_config(path: Path, remedy: str) -> Config:
+def _read_config(path: Path, remedy: str) -> tuple[Config, bool]:
+    """The configuration of the float model, and whether it says that the weights are quantized."""
     if not path.is_file():
         raise ModelError(f"{path.parent} has no {path.name}; {what_instead(path.parent) or remedy}")
     config = read_config(path)
     if "_class_name" not in config:
         config |= {"_class_name": _transformers_class(config, path)}
-    if quantization := config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    if quantization:
         if what := unread(quantization):
             fault = f"quantization_config says that the weights are quantized already ({what})"
             raise ModelError(f"{path}: {fault}; give the float model")
@@ -230,7 +240,7 @@ def _read_config(path: Path, remedy: str) -> Config:
         config = dict(text_part(config, name, path))
     if name == OLDER_CLASS:
         name = SUCCESSORS.get(config.get("norm_type", ""), name)
-    return {**config, "_class_name": name}
+    return {**config, "_class_name": name}, bool(quantization)
 
 
 def _transformers_class(config: Config, path: Path) -> str:

@@ -42,6 +42,8 @@ def problem(codes: torch.Tensor | None, blocks: torch.Tensor | None, whole: torc
     shape = (codes.shape[0], codes.shape[1] * 2 // BLOCK)
     if str(blocks.dtype) != "torch.float8_e4m3fn" or tuple(blocks.shape) != shape or codes.shape[1] * 2 % BLOCK:
         return f"goes with scales of blocks that are {blocks.dtype} {tuple(blocks.shape)}, not float8_e4m3fn {shape}"
+    if not bool((blocks.float() >= 0).all()):  # NaN is not
+        return "goes with scales of blocks that are negative or NaN"
     if not whole.is_floating_point() or whole.itemsize < 2 or whole.numel() != 1:
         return f"is {whole.dtype} {tuple(whole.shape)}, not one number"
     values = whole.float()

@@ -126,18 +126,20 @@ def read_weights(
     expected: Mapping[str, tuple[int, ...]],
     positions: torch.Tensor | None = None,
     absent: Collection[str] = (),
+    quantized: bool = False,
 ) -> Weights:
     """Every tensor in `expected` (name -> shape), checked: there, of that shape, floating point and finite.
 
     config: of the class, with _class_name. positions: the table of positions that the class computes, or None.
-    absent: parts of the class that the model does without, whose tensors are ignored.
+    absent: parts of the class that the model does without, whose tensors are ignored. quantized: whether config.json
+    says that weights are, so that every float8 one has a scale.
     Tensors keep the file's type and stay mapped, but float8 becomes fp16 (float32 with scales), NVFP4 float32. Names of
     the models' own repositories, and prefixes of wrappers, are understood. Raises ModelError naming file and tensor.
     """
     import torch
 
     stored, ignored = _unwrapped(files)
-    named = _in_diffusers_names(_without_scales(stored), config)
+    named = _in_diffusers_names(_without_scales(stored, quantized), config)
     keys = {row.key for row in stored.values()}
     for name, row in list(named.items()):
         if (part := name.partition(".")[0]) in absent:
@@ -224,7 +226,7 @@ def _without_blocks(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     return weights
 
 
-def _without_scales(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _without_scales(stored: Mapping[str, Stored], quantized: bool) -> dict[str, Stored]:
     """Scales multiplied into their float8 and NVFP4 weights; other float8 weights widened."""
     stored = _without_blocks(stored)
     weights = dict(stored)
@@ -239,22 +241,24 @@ def _without_scales(stored: Mapping[str, Stored]) -> dict[str, Stored]:
             assert weight is not None
             weights[weight_name] = Stored(weight.path, weight.key, float8.scaled(weight.tensor, row.tensor))
             del weights[name]
-    _refuse_lost_scales(stored, weights)
+    _refuse_lost_scales(stored, weights, quantized)
     return {name: Stored(row.path, row.key, float8.widened(row.tensor)) for name, row in weights.items()}
 
 
-def _refuse_lost_scales(stored: Mapping[str, Stored], weights: Mapping[str, Stored]) -> None:
-    """Raise ModelError for a float8 weight without a scale where the file says that there is one: by the range of the
-    layer's input, which files with scales alone have, or by ComfyUI's mark in a file without any scale."""
-    marks = [name for name in stored if name == "scaled_fp8"] if not any(map(float8.weight_of_scale, stored)) else []
+def _refuse_lost_scales(stored: Mapping[str, Stored], weights: Mapping[str, Stored], quantized: bool) -> None:
+    """Raise ModelError for a float8 weight without a scale where something says that there is one: config.json, the
+    range of the layer's input, which files with scales alone have, ComfyUI's mark, or the scale of another matrix."""
+    others = [name for name in stored if name == "scaled_fp8" or float8.weight_of_scale(name)]
     for name, row in weights.items():
         if not float8.is_float8(row.tensor):
             continue
         layer = name.rpartition(".")[0]
-        if signs := [mark for mark in (f"{layer}.input_scale", f"{layer}.scale_input", *marks) if mark in stored]:
+        marks = [f"{layer}.input_scale", f"{layer}.scale_input", *(others if row.tensor.ndim == 2 else ())]
+        signs = [stored[mark].key for mark in marks if mark in stored] + ["quantization_config"] * quantized
+        if signs:
             raise ModelError(
-                f"{row.path}: tensor {row.key} is float8 without a scale, though {stored[signs[0]].key} says that it "
-                "has one; give the whole file, or the float model"
+                f"{row.path}: tensor {row.key} is float8 without a scale, though {signs[0]} says that it has one; give "
+                "the whole file, or the float model"
             )
 
 

@@ -241,6 +241,14 @@ NVFP4_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"weight_scale": torch.ones(64, 2).to(torch.float8_e4m3fn)},
         r"scales of blocks that are torch.float8_e4m3fn \(64, 2\), not float8_e4m3fn \(64, 4\)",
     ),
+    "negative scale of a block": (
+        {"weight_scale": (-torch.ones(64, 4)).to(torch.float8_e4m3fn)},
+        "goes with scales of blocks that are negative or NaN",
+    ),
+    "NaN for a block's": (
+        {"weight_scale": torch.full((64, 4), torch.nan).to(torch.float8_e4m3fn)},
+        "goes with scales of blocks that are negative or NaN",
+    ),
     "two global scales": ({"weight_scale_2": torch.ones(2)}, r"is torch.float32 \(2,\), not one number"),
     "negative": ({"weight_scale_2": torch.tensor(-1.0)}, "is not finite and positive"),
 }
@@ -305,6 +313,26 @@ def test_a_scale_that_got_lost(pixart, mark):
     codes = {Q_WEIGHT: torch.ones(64, 64).to(torch.float8_e4m3fn), mark: torch.tensor(3.0)}
     change(pixart, lambda state: state | codes)
     with pytest.raises(ModelError, match=rf"to_q\.weight is float8 without a scale, though {mark} says"):
+        load(str(pixart))
+
+
+K_WEIGHT = f"{ATTENTION}.to_k.weight"
+
+
+def test_a_scale_that_other_matrices_have(pixart):
+    ones = torch.ones(64, 64).to(torch.float8_e4m3fn)
+    scales = {f"{ATTENTION}.to_k.weight_scale": torch.tensor(0.1)}
+    change(pixart, lambda state: state | {Q_WEIGHT: ones, K_WEIGHT: ones} | scales)
+    with pytest.raises(ModelError, match=r"to_q\.weight is float8 without a scale, though .*to_k\.weight_scale says"):
+        load(str(pixart))
+
+
+def test_scales_of_which_the_configuration_alone_tells(pixart):
+    """Without it, weights were cast; with it, each stands for another number."""
+    change(pixart, lambda state: state | {Q_WEIGHT: torch.ones(64, 64).to(torch.float8_e4m3fn)})
+    assert load(str(pixart)).module.state_dict()[Q_WEIGHT].float().eq(1).all()
+    configure(pixart, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    with pytest.raises(ModelError, match=r"to_q\.weight is float8 without a scale, though quantization_config says"):
         load(str(pixart))
 
 
