@@ -170,6 +170,11 @@ WEIGHTS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "backend": ({"backend": "psx"}, "runs the backend 'psx'"),
     "unfinished": ({"_if_calib": True}, "does not quantize now; finish the calibration"),
     "LSQ": ({"_lsq": True}, "learns its scales"),
+    "unsigned": ({"_num_bits": 8, "_unsigned": True}, "rounds to unsigned integers; set unsigned=False"),
+    "dynamic blocks": ({"_block_sizes": {-1: 16, "type": "dynamic"}}, "rounds weights with scales found at run time"),
+    "empty blocks": ({"_block_sizes": {-1: 0}}, "has blocks of {-1: 0}; give a number of channels"),
+    "no dictionary": ({"_block_sizes": [16]}, "has block_sizes [16]; they are a dictionary"),
+    "strange arguments": ({"backend": "ditc", "backend_extra_args": [1]}, "has backend_extra_args [1]; they are a"),
     "constant": ({"_use_constant_amax": True}, "has a constant instead of a calibrated amax"),
 }
 
@@ -188,6 +193,8 @@ INPUTS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "channels": ({"_axis": -1}, "has calibrated scales per channel or block of its input"),
     "blocks": ({"_block_sizes": {-1: 64}}, "has calibrated scales per channel or block"),
     "run time, all tokens": ({"_dynamic": True, "_axis": None}, "finds scales at run time in blocks, or one for all"),
+    "run time, each sample": ({"_dynamic": True, "_axis": (0,)}, "finds scales at run time in blocks, or one for all"),
+    "run time, each number": ({"_dynamic": True, "_axis": (0, 1, 2)}, "finds scales at run time in blocks, or one for"),
     "run time, blocks": (
         {"_dynamic": True, "_block_sizes": {-1: 32, "type": "dynamic"}},
         "finds scales at run time in",
@@ -216,6 +223,7 @@ def test_inputs_with_an_equal() -> None:
         (FP8 | before_the_first_call, "per_token"),
     ):
         assert input_rounding(settings).scaling == scaling
+    assert input_rounding(TOKEN | {"_axis": (0,)}, leading=(1,)).scaling == "per_token"
     assert input_rounding(own("input", format="E2M3", group_size=32)).group_size == 32
 
 
@@ -247,10 +255,18 @@ def test_a_missing_amax_is_refused(model: LoadedModel) -> None:
         Taken(model, replace(given, tensors=tensors))
 
 
+LORA = "weight_quantizer._svdquant_lora_"
 STRAY: dict[str, tuple[str, torch.Tensor, str]] = {
     "negative": ("weight_quantizer._amax", torch.tensor(-1.0), "has an amax that is negative, NaN or Inf"),
     "NaN": ("input_quantizer._amax", torch.tensor(torch.nan), "has an amax that is negative, NaN or Inf"),
     "half a branch": ("weight_quantizer._svdquant_lora_a", torch.ones(4, 64), "has one of SVDQuant's two matrices"),
+    "two values": ("input_quantizer._amax", torch.ones(64), "has 64 values of amax where one belongs"),
+    "no numbers": (
+        "weight_quantizer._amax",
+        torch.ones(64, device="meta"),
+        "._amax is no plain tensor of real numbers",
+    ),
+    "complex": ("weight_quantizer._amax", torch.ones(64) * 1j, "._amax is no plain tensor of real numbers"),
     "weight's scale": ("weight_quantizer._pre_quant_scale", torch.ones(64), "has a pre_quant_scale; only inputs"),
     "output's scale": ("output_quantizer._pre_quant_scale", torch.ones(64), "has a pre_quant_scale; only inputs"),
 }
@@ -260,12 +276,38 @@ STRAY: dict[str, tuple[str, torch.Tensor, str]] = {
 def test_tensors_that_would_be_read_wrongly_are_refused(case: str, model: LoadedModel) -> None:
     key, tensor, message = STRAY[case]
     given, name = state(model), model.linears()[0].name
-    with pytest.raises((ModelError, RecipeError), match=rf"{name}.{key.partition('.')[0]} {message}"):
+    start = f"{name}.{key.partition('.')[0]}" + " " * (not message.startswith("."))
+    with pytest.raises((ModelError, RecipeError), match=start + message):
         Taken(model, replace(given, tensors={**given.tensors, f"{name}.{key}": tensor})).layer(name)
+
+
+def test_branches_of_other_sizes_are_refused(model: LoadedModel) -> None:
+    given, name = state(model), model.linears()[0].name
+    for down, up in ((torch.ones(4, 32), torch.ones(64, 4)), (torch.ones(4, 64), torch.ones(64, 5))):
+        tensors = {**given.tensors, f"{name}.{LORA}a": down, f"{name}.{LORA}b": up}
+        with pytest.raises(
+            ModelError, match=rf"{name}.weight_quantizer has matrices of SVDQuant of the shapes .*; its"
+        ):
+            Taken(model, replace(given, tensors=tensors)).layer(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer_blocks.2.ff.net.2.weight", "transformer_blocks.0.attn1.to_q.lora_A.weight"]
+)
+def test_what_the_model_has_not_is_refused(name: str, model: LoadedModel) -> None:
+    """A layer too many or an adapter would else be lost without a word."""
+    given = state(model)
+    with pytest.raises(ModelError, match=rf"state: {name} is no tensor of .*, nor a quantizer's; give the model that"):
+        Taken(model, replace(given, tensors={**given.tensors, name: torch.ones(4, 64)}))
+    of_quantizer = f"{model.linears()[0].name}.output_quantizer._amax"
+    Taken(model, replace(given, tensors={**given.tensors, of_quantizer: torch.ones(1)}))
 
 
 def test_a_state_of_another_model_is_refused(model: LoadedModel) -> None:
     given = state(model)
+    whole = {**given.tensors, "proj_out.bias": given.tensors["proj_out.bias"].to(torch.int8)}
+    with pytest.raises(ModelError, match=r"proj_out.bias of .* is another there"):  # what remains of it is equal
+        Taken(model, replace(given, tensors=whole))
     other = {**given.tensors, "proj_out.weight": given.tensors["proj_out.weight"] + 1}
     with pytest.raises(ModelError, match=r"proj_out.weight of .* is another there; give the model that ModelOpt"):
         Taken(model, replace(given, tensors=other))

@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -44,6 +45,8 @@ R = TypeVar("R", WeightRounding, InputRounding)
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 METHOD = "modelopt"
 FLOAT32_BYTES = 4
+# Axes before the channels of a linear's input: tokens have two, batch and place; what modulates has the batch alone.
+LEADING = {"adaln": (1,), "other": (1, 2)}
 KEEP = "--set 'keep=[\"{}\"]' keeps it in float"
 
 
@@ -105,10 +108,11 @@ class Taken:
                 both = "a quantized linear has both its weight and its input rounded"
                 raise RecipeError(f"{path} is disabled and {both}; enable it, or {KEEP.format(name)}")
         weight = self._read(f"{name}.{WEIGHT}", weight_rounding)
-        activation = self._read(f"{name}.{INPUT}", input_rounding)
+        activation = self._read(f"{name}.{INPUT}", partial(input_rounding, leading=LEADING.get(linear.kind, (2,))))
         self._amax(f"{name}.{WEIGHT}")
-        if activation.scaling == "per_tensor":
-            self._amax(f"{name}.{INPUT}")
+        if activation.scaling == "per_tensor" and (size := self._amax(f"{name}.{INPUT}").size) != 1:
+            fault = f"{name}.{INPUT} has {size} values of amax where one belongs"
+            raise RecipeError(f"{self.state.source}: {fault}; calibrate it with axis=None")
         return TakenLinear(linear, weight, activation)
 
     def _read(self, path: str, rounding: Callable[[Settings], R]) -> R:
@@ -182,6 +186,12 @@ class Taken:
             return None, None
         if down is None or up is None:
             raise ModelError(f"{self.state.source}: {name}.{WEIGHT} has one of SVDQuant's two matrices; save it again")
+        n, k = self.rows[name].linear.module.weight.shape
+        shapes = [tuple(getattr(matrix, "shape", ())) for matrix in (down, up)]
+        rank = shapes[0][0] if shapes[0] else 0
+        if shapes != [(rank, k), (n, rank)]:
+            fault = f"{name}.{WEIGHT} has matrices of SVDQuant of the shapes {shapes[0]} and {shapes[1]}"
+            raise ModelError(f"{self.state.source}: {fault}; its weight has (rank, {k}) and ({n}, rank), save it again")
         first = _float32(down) if multiplier is None else _float32(down) * multiplier
         return first[None], _float32(up)[None]
 
@@ -207,17 +217,30 @@ def _float32(tensor: Tensor) -> F32:
 
 
 def _refuse_other_model(model: LoadedModel, state: State) -> None:
-    """What is not quantized must be the model's own: calibration changes the weights of quantized linears alone."""
+    """What is not quantized must be the model's own: calibration changes the weights of quantized linears alone. And it
+    adds none, but to the quantizers."""
     changed = {f"{linear.name}.weight" for linear in model.linears()}
-    for name, own in model.module.state_dict().items():
+    tensors = model.module.state_dict()
+    for name in state.tensors.keys() - tensors.keys():
+        owner = name.rpartition(".")[0]
+        if owner not in state.quantizers and name.partition(".")[0] not in model.family.absent:
+            fault = f"{name} is no tensor of {model.source}, nor a quantizer's"
+            raise ModelError(f"{state.source}: {fault}; give the model that ModelOpt quantized, adapters merged before")
+    for name, own in tensors.items():
         theirs = state.tensors.get(name)
         if name in changed:
             continue
-        if theirs is None or theirs.shape != own.shape or not bool((own.to(theirs.dtype) == theirs.cpu()).all()):
+        if theirs is None or theirs.shape != own.shape or not _equal(own, theirs):
             fault = "is not in it" if theirs is None else "is another there"
             raise ModelError(
                 f"{state.source}: {name} of {model.source} {fault}; give the model that ModelOpt quantized"
             )
+
+
+def _equal(own: Tensor, theirs: Tensor) -> bool:
+    """In the other's type, which may be narrower, but is of the same kind."""
+    same_kind = own.is_floating_point() == theirs.is_floating_point()
+    return same_kind and bool((own.to(theirs.dtype) == theirs.cpu()).all())
 
 
 def recipe_of(recipe: Recipe, taken: Taken, options: dict[str, object]) -> Recipe:

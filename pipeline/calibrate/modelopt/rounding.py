@@ -6,7 +6,7 @@ all of ours. Everything else has no equal here, and the message says what it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -124,7 +124,7 @@ def weight_rounding(settings: Settings) -> WeightRounding:
     _refuse_strange(settings)
     if settings.get("backend") is not None:
         return own_weight(_own_arguments(settings))
-    if settings.get("_dynamic"):
+    if settings.get("_dynamic") or (settings.get("_block_sizes") or {}).get("type") == "dynamic":
         raise Refused(f"rounds weights with scales found at run time, {_bits(settings)}, which ModelOpt does with CUDA")
     fmt, blocks = _own_format(settings), _blocks(settings)
     narrow = bool(settings.get("_narrow_range"))
@@ -138,31 +138,37 @@ def weight_rounding(settings: Settings) -> WeightRounding:
     if set(sizes) - set(LAST_AXIS) or len(sizes) != 1:
         raise Refused(f"has blocks of {blocks}; weights have groups along their input channels alone, {{-1: size}}")
     (size,) = sizes.values()
-    return WeightRounding(fmt, "group", int(size), narrow=narrow)
+    if type(size) is not int or size < 1:
+        raise Refused(f"has blocks of {blocks}; give a number of channels, {{-1: 64}} for example")
+    return WeightRounding(fmt, "group", size, narrow=narrow)
 
 
-def input_rounding(settings: Settings) -> InputRounding:
-    """How an input [..., K] is rounded. Raises Refused."""
+def input_rounding(settings: Settings, leading: Sequence[int] = (2,)) -> InputRounding:
+    """How an input [..., K] is rounded, which has one of `leading` numbers of axes before its channels. Raises
+    Refused."""
     _refuse_strange(settings)
     if settings.get("backend") is not None:
         return own_input(_own_arguments(settings))
-    if settings.get("_unsigned"):
-        raise Refused("rounds to unsigned integers; set unsigned=False")
     fmt, blocks = _own_format(settings), _blocks(settings)
     if settings.get("_dynamic"):
-        if not _one_scale_per_token(settings, blocks):
-            raise Refused("finds scales at run time in blocks, or one for all tokens; activations have one per token")
+        if not _one_scale_per_token(settings, blocks, leading):
+            found = f"(axis {settings.get('_axis')}, blocks {blocks})"
+            raise Refused(
+                f"finds scales at run time in blocks, or one for all tokens {found}; activations have one per token, "
+                "block_sizes={-1: None}"
+            )
         return InputRounding(fmt, "per_token")
     if blocks or _axes(settings):
         raise Refused("has calibrated scales per channel or block of its input; a static activation has one scale")
     return InputRounding(fmt, "per_tensor", narrow=not fmt.is_integer or bool(settings.get("_narrow_range")))
 
 
-def _one_scale_per_token(settings: Settings, blocks: Mapping[int, int | None]) -> bool:
+def _one_scale_per_token(settings: Settings, blocks: Mapping[int, int | None], leading: Sequence[int]) -> bool:
     """Blocks as long as the last axis, which ModelOpt replaces in the first call by an axis for each of the others."""
     axis = settings.get("_axis")
-    leading = isinstance(axis, (tuple, list)) and list(axis) == list(range(len(axis))) and len(axis) > 0
-    return blocks == {-1: None} if blocks else leading
+    if blocks:
+        return blocks == {-1: None}
+    return isinstance(axis, (tuple, list)) and list(axis) in [list(range(count)) for count in leading]
 
 
 def own_weight(arguments: Mapping[str, Any]) -> WeightRounding:
@@ -210,11 +216,16 @@ def _own_arguments(settings: Settings) -> Mapping[str, Any]:
     backend = settings["backend"]
     if backend != BACKEND:
         raise Refused(f"runs the backend {backend!r}, whose rounding is not known here; use {BACKEND!r}, or none")
-    return cast("Mapping[str, Any]", settings.get("backend_extra_args") or {})
+    arguments = settings.get("backend_extra_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise Refused(f"has backend_extra_args {arguments!r}; they are a dictionary")
+    return arguments
 
 
 def _own_format(settings: Settings) -> Format:
     """The format of ModelOpt's own rounding."""
+    if settings.get("_unsigned"):
+        raise Refused("rounds to unsigned integers; set unsigned=False")
     bits = settings.get("_num_bits")
     if isinstance(bits, (tuple, list)) and tuple(bits) == E4M3:
         return get_format("E4M3")
@@ -230,6 +241,8 @@ def _refuse_strange(settings: Settings) -> None:
         rotation.get("enable", False) if isinstance(rotation, dict) else bool(getattr(rotation, "enable", rotation))
     )
     blocks = settings.get("_block_sizes") or {}
+    if not isinstance(blocks, Mapping):
+        raise Refused(f"has block_sizes {blocks!r}; they are a dictionary, {{-1: 64}} for example")
     faults = {
         "is a sequence of quantizers, one behind the other": "is_sequential_quantizer" in settings,
         "rotates its tensor; quantize without rotation": bool(rotated),

@@ -32,6 +32,13 @@ class State:
     quantizers: Mapping[str, Settings]
     source: str
 
+    def __post_init__(self) -> None:
+        """Raises ModelError for a tensor without numbers, or whose numbers are not its elements."""
+        for name, tensor in self.tensors.items():
+            if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+                kind = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
+                raise ModelError(f"{self.source}: {name} is no plain tensor of real numbers ({kind}); {REMEDY}")
+
     def tensor(self, path: str, name: str) -> Tensor | None:
         """The buffer `name` of the quantizer or module at `path`."""
         return self.tensors.get(f"{path}.{name}")
