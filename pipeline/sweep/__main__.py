@@ -56,7 +56,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     folder = args.output_dir or Path("sweeps") / args.sweep.stem
     place = Place(folder.absolute(), (args.calibrations or folder / "calibrations").absolute())
     _refuse_occupied(place.folder, args.resume, args.force)
-    refuse_unwritable(place.calibrations, True, "--calibrations")
+    _refuse_calibrations(place)
     builds = read_sweep(args.sweep)
     with _runner(args) as runner:
         if args.resume and not args.dry_run:
@@ -91,6 +91,14 @@ def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
     if not (resume or force):
         remedy = "add --resume to go on with it, or --force to start again"
         raise RecipeError(f"{folder} holds a sweep; {remedy}, or choose another --output-dir")
+
+
+def _refuse_calibrations(place: Place) -> None:
+    """Refuse a folder for layers that cannot be written, or lies among what a sweep itself writes and removes."""
+    refuse_unwritable(place.calibrations, True, "--calibrations")
+    own, given = (path.resolve() for path in (place.folder, place.calibrations))
+    if given.is_relative_to(own) and given != own / "calibrations":
+        raise RecipeError(f"--calibrations {place.calibrations} is in the sweep's own folder; leave it out for its own")
 
 
 @contextmanager

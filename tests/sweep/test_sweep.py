@@ -174,6 +174,8 @@ def test_a_bundle_that_was_damaged_meanwhile_ends_no_other(
     ("flags", "message"),
     [
         (["--cpus-per-job", "2"], "--cpus-per-job without --ray"),
+        (["--calibrations", "recipe.toml"], "recipe.toml is a file; give --calibrations the name of a folder"),
+        (["--calibrations", "out/bundles"], "out/bundles is in the sweep's own folder; leave it out for its own"),
         (["--ray", "here", "--cpus-per-job", "0"], "--cpus-per-job 0; use 1 to 1000"),
         (["--ray", "here", "--gpus-per-job", "-1"], "--gpus-per-job -1; use 0, a part of one"),
     ],
