@@ -83,7 +83,8 @@ def check(build: Build, place: Place) -> Checked:
 def _calibration(prepared: Prepared) -> str:
     if not prepared.model.family.quantizes:
         return ""
-    return sha256_json([origin(prepared.model, prepared.recipe), machine.code_version()])
+    names = [linear.name for linear in prepared.model.linears()]  # without those that the recipe keeps in float
+    return sha256_json([origin(prepared.model, prepared.recipe), names, machine.code_version()])
 
 
 def calibrate_for(build: Build, place: Place, calibration: str) -> None:

@@ -17,6 +17,8 @@ from pipeline.files import lock, locked, tree
 from pipeline.sweep import results
 from pipeline.sweep import work as sweep_work
 from pipeline.sweep.__main__ import main as sweep
+from pipeline.sweep.plan import read_sweep
+from pipeline.sweep.work import Place, check
 from tests.support import hostile
 from tests.support.quick_build import measure_little
 
@@ -168,6 +170,14 @@ def test_a_bundle_that_was_damaged_meanwhile_ends_no_other(
     assert code == 7 and "fuzzed-one: " in text and "is damaged" in text
     assert [row["status"] for row in state().values()] == ["failed", "built"]
     assert "| fuzzed-two | built |" in Path("out/table.md").read_text()
+
+
+def test_what_is_kept_in_float_decides_which_layers_are_shared() -> None:
+    keep = "[options.keeps]\nkeep = ['transformer_blocks.0.attn1.to_q']\n"
+    Path("sweep.toml").write_text(HEAD + TWO + keep)
+    place = Place(Path("out").absolute(), Path("layers").absolute())
+    one, two, kept = (check(build, place).calibration for build in read_sweep(Path("sweep.toml")))
+    assert one == two and one != kept and not place.folder.exists()
 
 
 @pytest.mark.parametrize(
