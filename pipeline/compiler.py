@@ -23,7 +23,7 @@ from pipeline.backends.mapped_pages import give_back_weights
 from pipeline.bundle import manifest
 from pipeline.bundle.card import license_of
 from pipeline.bundle.stages import Listener, StageTime, WorkFolder, refuse_interrupted, timed
-from pipeline.calibrate import refuse_unfit, with_method
+from pipeline.calibrate import origin, refuse_unfit, with_method
 from pipeline.calibrate.plan import make_plans
 from pipeline.files import is_bundle, publish, refuse_unwritable, remove, sha256_json, write_json
 from pipeline.generate.case import Case, make_case
@@ -101,9 +101,14 @@ class Prepared:
 
     @property
     def key(self) -> str:
-        """Hash of everything that decides the bytes of the bundle."""
+        """Hash of everything that decides the bytes of the bundle; files that the recipe or the model names by their
+        content. Raises RecipeError for a prompt file that cannot be used."""
+        from pipeline.calibrate.data import sampled_by
+
         row, config = model_row(self.model), self.model.config_sha256
-        return sha256_json([self.recipe.document(), row, config, tool_versions(), machine.code_version()])
+        layers = origin(self.model, self.recipe) if self.model.family.quantizes else None
+        named = [layers, sampled_by(self.model) if (self.model.folder / GENERATION_FILE).is_file() else None]
+        return sha256_json([self.recipe.document(), row, config, named, tool_versions(), machine.code_version()])
 
 
 def compile_prepared(request: BuildRequest, prepared: Prepared) -> Path:

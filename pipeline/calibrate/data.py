@@ -95,10 +95,10 @@ def content(model: LoadedModel, recipe: Recipe) -> dict[str, object]:
 
     Raises RecipeError for a prompt file that cannot be used.
     """
-    return {"prompts_sha256": sha256_json(list(read_prompts(model, recipe))), **_sampled_by(model)}
+    return {"prompts_sha256": sha256_json(list(read_prompts(model, recipe))), **sampled_by(model)}
 
 
-def _sampled_by(model: LoadedModel) -> dict[str, object]:
+def sampled_by(model: LoadedModel) -> dict[str, object]:
     """Hash of the description beside the model, or of the pipeline that it belongs to; nothing without either."""
     if (model.folder / GENERATION_FILE).is_file():
         paths = [model.folder / name for name in load_generation(model.folder).files]
@@ -153,7 +153,7 @@ def _origin(model: LoadedModel, recipe: Recipe, prompts: tuple[str, ...]) -> dic
         "seed": recipe.calibrate.seed,
         "timesteps": recipe.calibrate.timesteps,
         "sampling": [sampling.n_steps, sampling.guidance_scale, sampling.height, sampling.width],
-        **_sampled_by(model),
+        **sampled_by(model),
     }
 
 

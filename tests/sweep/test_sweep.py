@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.sweep import results
 from pipeline.sweep import work as sweep_work
 from pipeline.sweep.__main__ import main as sweep
 from pipeline.sweep.plan import read_sweep
-from pipeline.sweep.work import Place, check
+from pipeline.sweep.work import Place, check, request
 from tests.support import hostile
 from tests.support.quick_build import measure_little
 
@@ -178,6 +179,27 @@ def test_what_is_kept_in_float_decides_which_layers_are_shared() -> None:
     place = Place(Path("out").absolute(), Path("layers").absolute())
     one, two, kept = (check(build, place).calibration for build in read_sweep(Path("sweep.toml")))
     assert one == two and one != kept and not place.folder.exists()
+
+
+def test_files_that_have_changed_make_another_bundle(models: Path) -> None:
+    """Else it would be kept, and stages of an interrupted one taken up, with what they said before."""
+    shutil.copytree(models / "words", "words")
+    prompts, generation = Path("prompts.txt"), Path("words/generation.json")
+    settings = f"[set]\ncalibrate.prompts = '{prompts}'\n"
+    Path("sweep.toml").write_text(HEAD + f"methods = ['awq']\n[models]\nwords = 'words'\n{settings}")
+    place = Place(Path("out").absolute(), Path("layers").absolute())
+
+    def key() -> str:
+        [build] = read_sweep(Path("sweep.toml"))
+        return compiler.prepare(request(build, place)).key
+
+    prompts.write_text("red\n")
+    first = key()
+    assert key() == first
+    prompts.write_text("blue\n")
+    second = key()
+    hostile.edit(generation, lambda document: document.update(guidance_scale=3.0))
+    assert len({first, second, key()}) == 3
 
 
 @pytest.mark.parametrize(
