@@ -23,6 +23,15 @@ INT32 = ir.DataType.INT32
 BITS, ZERO = 4, 8
 
 
+def emit_token(build: GraphBuilder, x: ir.Value, format_name: str) -> Token:
+    """As that of `qdq`, but a token with NaN has the scale NaN: no int8 code carries it, and ReduceMax may skip it."""
+    token = quantizers.emit_token(build, x, format_name)
+    assert token.scale is not None
+    zeros = build.op("Mul", x, build.constant(0.0), name="zeros")  # and NaN of NaN or Inf
+    lost = build.op("ReduceSum", zeros, build.constant([-1], np.int64), name="lost", keepdims=1)
+    return replace(token, scale=build.op("Add", token.scale, lost, name="carrying_scale"))
+
+
 def emit_limbs(build: GraphBuilder, token: Token, number: HardwareNumber) -> tuple[ir.Value, ...]:
     """Operands, high limb first: int8 for MatMulInteger; else float32, as those of `qdq`."""
     if number.type != "INT8":

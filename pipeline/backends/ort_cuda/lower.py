@@ -13,7 +13,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from export.dialect.graph import MICROSOFT
-from pipeline.backends.ort_cuda.gemms import emit_gemm, emit_limbs
+from pipeline.backends.ort_cuda.gemms import emit_gemm, emit_limbs, emit_token
 from pipeline.backends.ort_cuda.kernels import has
 from pipeline.backends.qdq.lower import LowerQdq
 from pipeline.passes.probes import GemmRow
@@ -41,6 +41,7 @@ class LowerOrtCuda(LowerQdq):
     """With onnxruntime's own ops where they multiply what is stored."""
 
     groups_refused: ClassVar[str] = GROUPS_REFUSED
+    emit_token = staticmethod(emit_token)
     emit_limbs = staticmethod(emit_limbs)
     emit_gemm = staticmethod(emit_gemm)
 

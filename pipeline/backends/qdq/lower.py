@@ -47,6 +47,7 @@ class LowerQdq(LoweringPass):
     """
 
     groups_refused: ClassVar[str]
+    emit_token = staticmethod(emit_token)
     emit_limbs = staticmethod(emit_limbs)
     emit_gemm = staticmethod(emit_gemm)
 
@@ -105,17 +106,16 @@ class LowerQdq(LoweringPass):
             x = inputs_of(quantizer).x
             if quantizer.op_type == "NormModulateQuantize":
                 x = emit_norm_modulate(build, quantizer, gemm.in_features)
-            self._tokens[quantizer] = _token(build, quantizer, x)
+            self._tokens[quantizer] = self._token(build, quantizer, x)
         token = self._tokens[quantizer]
         if (quantizer, number) not in self._limbs:
             build.prefix += "" if number.type == "E4M3" else f"/{number.type.lower()}"
             self._limbs[quantizer, number] = self.emit_limbs(build, token, number)
         return token, self._limbs[quantizer, number]
 
-
-def _token(build: GraphBuilder, quantizer: ir.Node, x: ir.Value) -> Token:
-    name, ports = attribute(quantizer, "format"), inputs_of(quantizer)
-    if quantizer.op_type != "QuantizeStatic":
-        return emit_token(build, x, name)
-    scale, zero = (float(stored_array(value)[0]) for value in (ports.scale, ports.zero))
-    return emit_static(build, x, name, scale, zero)
+    def _token(self, build: GraphBuilder, quantizer: ir.Node, x: ir.Value) -> Token:
+        name, ports = attribute(quantizer, "format"), inputs_of(quantizer)
+        if quantizer.op_type != "QuantizeStatic":
+            return self.emit_token(build, x, name)
+        scale, zero = (float(stored_array(value)[0]) for value in (ports.scale, ports.zero))
+        return emit_static(build, x, name, scale, zero)

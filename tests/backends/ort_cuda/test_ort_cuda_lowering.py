@@ -95,6 +95,18 @@ def test_static_scales_open_with_all_optimizers_and_give_the_same_codes(activati
     assert (np.abs(got["y"] - exact) <= roundings + 2 * bound * unit).all()
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_token_with_nan_or_inf_cannot_go_unseen(activation: str, broken: float) -> None:
+    linear = Linear("layer", activation=activation)
+    model, _ = lowered(single(linear))
+    x = np.random.default_rng(0).normal(size=(1, 3, linear.in_features)).astype(np.float32)
+    healthy = run(model, {"x": x})["y"]
+    x[0, 1, 5] = broken
+    got = run(model, {"x": x})["y"]
+    assert not np.isfinite(got[0, 1]).any() and np.array_equal(got[0, ::2], healthy[0, ::2])
+
+
 def test_sums_beyond_float32_are_exact_in_int32() -> None:
     linear = Linear("layer", in_features=4096, activation="INT8", weight="INT8")
     model, rewrite = lowered(single(linear))
