@@ -221,7 +221,7 @@ def _refuse_other_model(model: LoadedModel, state: State) -> None:
     adds none, but to the quantizers."""
     changed = {f"{linear.name}.weight" for linear in model.linears()}
     tensors = model.module.state_dict()
-    for name in state.tensors.keys() - tensors.keys():
+    for name in sorted(state.tensors.keys() - tensors.keys()):
         owner = name.rpartition(".")[0]
         if owner not in state.quantizers and name.partition(".")[0] not in model.family.absent:
             fault = f"{name} is no tensor of {model.source}, nor a quantizer's"
