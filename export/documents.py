@@ -162,7 +162,7 @@ def check_json(text: str, source: str, rules: Rules = Rules()) -> object:
             parse_constant=_infinity if rules.infinite else _no_constant,
         )
         _check_values(document)
-    _check_version(document, source, rules)
+    check_version(document, source, rules)
     return document
 
 
@@ -230,13 +230,37 @@ def _contents(value: object) -> Iterator[object]:
         yield from value
 
 
-def _check_version(document: object, source: str, rules: Rules) -> None:
+def check_version(document: object, source: str, rules: Rules) -> None:
+    """Raise `rules.error` for a `schema_version` that is not the one of the rules."""
     if rules.version is None:
         return
     version = document.get("schema_version") if isinstance(document, dict) else None
     if type(version) is not int or version != rules.version:
         fault = f"schema version {shown(version)}, this version reads {rules.version}"
         raise rules.error(f"{source}: {fault}; {rules.version_remedy}")
+
+
+def plain(value: object) -> object:
+    """The same for JSON, which has no such numbers: nan becomes null, and inf a text; see `number_of`.
+
+    >>> plain({"a": (1, math.inf, math.nan)})
+    {'a': [1, 'inf', None]}
+    """
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, int) or not isinstance(value, SupportsFloat):
+        return value
+    number = float(value)
+    if math.isnan(number):
+        return None
+    return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
+
+
+def number_of(value: float | str | None) -> float:
+    """A number that `plain` has written."""
+    return math.nan if value is None else float(value)
 
 
 # --- schema --------------------------------------------------------------------------------------------------------
@@ -306,26 +330,3 @@ def parse_toml(text: str, source: str, rules: Rules) -> dict[str, object]:
         document = tomllib.loads(text)
         _check_values(document)
     return document
-
-
-def plain(value: object) -> object:
-    """The same for JSON, which has no such numbers: nan becomes null, and inf a text; see `number_of`.
-
-    >>> plain({"a": (1, math.inf, math.nan)})
-    {'a': [1, 'inf', None]}
-    """
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, int) or not isinstance(value, SupportsFloat):
-        return value
-    number = float(value)
-    if math.isnan(number):
-        return None
-    return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
-
-
-def number_of(value: float | str | None) -> float:
-    """A number that `plain` has written."""
-    return math.nan if value is None else float(value)

@@ -96,8 +96,8 @@ def _refuse_occupied(folder: Path, resume: bool, force: bool) -> None:
 def _refuse_calibrations(place: Place) -> None:
     """Refuse a folder for layers that cannot be written, or lies among what a sweep itself writes and removes."""
     refuse_unwritable(place.calibrations, True, "--calibrations")
-    own, given = (path.resolve() for path in (place.folder, place.calibrations))
-    if given.is_relative_to(own) and given != own / "calibrations":
+    own, layers = (path.resolve() for path in (place.folder, place.calibrations))
+    if layers.is_relative_to(own) and layers != own / "calibrations":
         raise RecipeError(f"--calibrations {place.calibrations} is in the sweep's own folder; leave it out for its own")
 
 

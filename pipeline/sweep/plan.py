@@ -13,7 +13,7 @@ from typing import Annotated, NotRequired
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
-from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text, validated
+from export.documents import MOST_TOML_BYTES, Rules, check_version, parse_toml, read_text, validated
 from export.errors import RecipeError
 from export.names import as_one_name
 from pipeline import recipe as recipes
@@ -72,9 +72,7 @@ def read_sweep(path: Path) -> list[Build]:
     source = str(path)
     document = parse_toml(read_text(path, RULES, MOST_TOML_BYTES), source, RULES)
     stated = validated(document, source, SweepFile, RULES)
-    if stated["schema_version"] != SCHEMA_VERSION:
-        fault = f"schema_version {stated['schema_version']}, this version reads {SCHEMA_VERSION}"
-        raise RecipeError(f"{source}: {fault}; {RULES.version_remedy}")
+    check_version(stated, source, RULES)
     try:
         for table in (stated.get("set", {}), *stated.get("options", {}).values()):
             _refuse_axes(table)

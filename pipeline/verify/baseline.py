@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NotRequired
 from annotated_types import Ge, Le, MinLen
 from typing_extensions import TypedDict
 
-from export.documents import MOST_TOML_BYTES, Rules, listed, parse_toml, plain, read_text, validated
+from export.documents import MOST_TOML_BYTES, Rules, check_version, listed, parse_toml, plain, read_text, validated
 from export.errors import RecipeError
 from pipeline.verify.record import GATES, SPEED, Number, Record
 
@@ -138,9 +138,7 @@ def load_tolerances(path: Path | None = None) -> list[Tolerance]:
 def _read(path: Path) -> list[Tolerance]:
     document = parse_toml(read_text(path, RULES, MOST_TOML_BYTES), str(path), RULES)
     stated = validated(document, str(path), TolerancesFile, RULES)
-    if stated["schema_version"] != SCHEMA_VERSION:
-        fault = f"schema_version {stated['schema_version']}, this version reads {SCHEMA_VERSION}"
-        raise RecipeError(f"{path}: {fault}; {RULES.version_remedy}")
+    check_version(stated, str(path), RULES)
     return [Tolerance(**row) for row in stated.get("tolerance", [])]
 
 

@@ -68,7 +68,7 @@ def test_files_have_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("text", "message"),
     [
         (HEAD + "colour = 1\n", "key 'colour' is unknown; a sweep has the keys schema_version, recipes, models"),
-        (HEAD.replace("1", "2", 1), "schema_version 2, this version reads 1"),
+        (HEAD.replace("1", "2", 1), "schema version 2, this version reads 1"),
         ("schema_version = 1\nrecipes = []\n", "recipes is"),
         ("recipes = ['pixart_w4a6']\n", "'schema_version' is missing"),
         (HEAD.replace("pixart_w4a6", "no_such"), "recipe 'no_such' is unknown"),
