@@ -90,7 +90,7 @@ def method(name: str, granularity: tuple[str, ...] = CHANNEL, **options: str | i
 
 def of_modelopt(label: str, name: str, scales: tuple[str, ...], algorithm: str, **options: int) -> Line:
     """A line of W4A6 that ModelOpt calibrates by one of its algorithms, as `mtq.quantize` takes it."""
-    chosen = {"method": algorithm, **options}
+    chosen: Algorithm = {"method": algorithm, **options}
     settings = method("modelopt", scales)
     return Line(f"{label}, ModelOpt's", f"modelopt-{name}", settings, None, ("w4a6",), algorithm=chosen)
 
