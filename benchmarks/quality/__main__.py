@@ -120,7 +120,7 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     failed = 0
     for position, (row, recipe) in enumerate(pending, 1):
         started = time.monotonic()
-        stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
+        stated: Json = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
         stated |= {"key": row_key(subject.facts, recipe, row.multipliers, row.algorithm)}
         if row.algorithm is not None:
             stated |= {"algorithm": dict(row.algorithm), "modelopt": machine.tool_version("modelopt")}

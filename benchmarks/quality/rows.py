@@ -264,6 +264,7 @@ EQUAL_FORMATS = Table(
         of_modelopt("AWQ", "awq-exact64", exact(64), "awq_lite"),
         of_modelopt("SVDQuant, rank 16", "svdquant-exact64", exact(64), "svdquant", lowrank=16),
     ),
+    ABLATED,
 )
 # A rank takes a number for each channel of input and output, which are 2 bytes of ours and 4 of ModelOpt's branches;
 # groups of 16 instead of 64 take 3/32 of a byte for each weight. At these models' widths ranks of 2 and 1 take as much.
@@ -280,6 +281,7 @@ EQUAL_BYTES = Table(
         of_modelopt("AWQ", "awq-exact16", exact(16), "awq_lite"),
         of_modelopt("SVDQuant, rank 1", "svdquant-rank1", exact(64), "svdquant", lowrank=1),
     ),
+    ABLATED,
 )
 TABLES = {
     table.name: table
