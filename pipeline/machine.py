@@ -35,7 +35,7 @@ COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript
 SERVER, RAY = ("fastapi", "prometheus_client", "uvicorn"), ("ray",)
 # The distribution that installs the module onnxruntime for NVIDIA GPUs: by it alone the CPU's targets run, too.
 ONNXRUNTIME_GPU = "onnxruntime-gpu"
-OTHER_DISTRIBUTIONS = {"onnxruntime": (ONNXRUNTIME_GPU,)}
+OTHER_DISTRIBUTIONS = {"onnxruntime": (ONNXRUNTIME_GPU,), "modelopt": ("nvidia-modelopt",)}
 SOURCES = (".py", ".c", ".h")
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")

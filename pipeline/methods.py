@@ -350,7 +350,7 @@ _ROWS = (
         "pipeline.calibrate.methods.from_modelopt:FromModelopt",
         "layers that NVIDIA ModelOpt has calibrated, taken over as they are (`calibrate --from-modelopt`)",
         {
-            "checkpoint": Option("", help="file that modelopt.torch.opt.save wrote", decides=False),
+            "checkpoint": Option("", help="file of modelopt.torch.opt.save, or folder", decides=False),
             "sha256": Option("", help="its hash"),
             "activations": Option("per_token", help="how the layers scale them, for example per_tensor"),
         },

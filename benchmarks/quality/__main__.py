@@ -24,13 +24,14 @@ import numpy as np
 from benchmarks import record
 from benchmarks.quality import drawing, metrics
 from benchmarks.quality.drawing import Pictures, Subject, Trajectory
-from benchmarks.quality.engines import calibrated, drawer, refuse_missing_gpu, row_recipe
+from benchmarks.quality.engines import calibrated, drawer, refuse_missing_gpu, refuse_missing_modelopt, row_recipe
 from benchmarks.quality.metrics import Array
 from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, outcome, row_key
 from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
 from benchmarks.quality.sensitivity import sensitivity
 from benchmarks.record import Json
-from export.errors import ContractError, RecipeError, UserError
+from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
+from pipeline import machine
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger("benchmarks.quality")
@@ -119,8 +120,10 @@ def run_model(name: str, arguments: argparse.Namespace) -> int:
     failed = 0
     for position, (row, recipe) in enumerate(pending, 1):
         started = time.monotonic()
-        stated = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
-        stated |= {"key": row_key(subject.facts, recipe, row.multipliers)}
+        stated: Json = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
+        stated |= {"key": row_key(subject.facts, recipe, row.multipliers, row.algorithm)}
+        if row.algorithm is not None:
+            stated |= {"algorithm": dict(row.algorithm), "modelopt": machine.tool_version("modelopt")}
         measure = partial(measured_row, subject, base, row, recipe, work, arguments)
         measured = outcome(f"{name} {row.name}", stated, measure)
         results.add(row.name, measured, subject.facts)
@@ -149,13 +152,16 @@ def available(
     for row in rows:
         try:
             recipe = row_recipe(row, [*arguments.set, f"cpu.path={arguments.cpu_path}"])
-        except RecipeError as error:
+            key = row_key(subject.facts, recipe, row.multipliers, row.algorithm)
+            done = results.has(row.name, key) and not arguments.redo
+            if not done and not arguments.list:
+                refuse_missing_modelopt(row)
+        except (RecipeError, EnvironmentLacksError) as error:
             logger.warning("%s %s is not available: %s", subject.name, row.name, error)
             if not arguments.list:
                 reason = {"status": UNAVAILABLE, "reason": str(error), "settings": list(row.settings)}
                 results.add(row.name, reason, subject.facts)
             continue
-        done = results.has(row.name, row_key(subject.facts, recipe, row.multipliers)) and not arguments.redo
         if arguments.list:
             print(f"{subject.name} {row.name}: {'measured' if done else 'to do'}")
         if not done:

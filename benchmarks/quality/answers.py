@@ -9,7 +9,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.quality.results import MEASURED
-from benchmarks.quality.rows import ACTIVATIONS, ALL, BOTH, METHODS, MSFP, QDIT, WEIGHTS, WIDTHS, Table, nearest_rows
+from benchmarks.quality.rows import (
+    ACTIVATIONS,
+    ALL,
+    BOTH,
+    EQUAL_BYTES,
+    EQUAL_FORMATS,
+    METHODS,
+    MSFP,
+    QDIT,
+    WEIGHTS,
+    WIDTHS,
+    Table,
+    nearest_rows,
+)
 from benchmarks.record import Json, markdown
 
 Records = Mapping[str, Json]
@@ -169,6 +182,33 @@ def steps_of(table: Table) -> Answer:
     return pairs("Each line against the one before:", compared)
 
 
+def against(table: Table, base: str) -> dict[str, tuple[str, str]]:
+    """Every other line of a table of W4A6 against the line called `base`."""
+    return {line.label: (f"{line.name}-w4a6", f"{base}-w4a6") for line in table.lines if line.name != base}
+
+
+def about_modelopt(table: Table) -> Answer:
+    """How the rows of ModelOpt in a table were made, and by which version; nothing where none is measured."""
+    names = [f"{line.name}-w4a6" for line in table.lines if line.algorithm is not None]
+
+    def answer(records: Records) -> list[str]:
+        versions = sorted({records[name]["modelopt"] for name in names if _measured(records, name)})
+        return [f"{MODELOPTS} ModelOpt {', '.join(versions)}."] if versions else []
+
+    return answer
+
+
+def bytes_apart(table: Table) -> Answer:
+    """By how much the bytes of the measured lines of a table of W4A6 differ."""
+    names = [f"{line.name}-w4a6" for line in table.lines]
+
+    def answer(records: Records) -> list[str]:
+        sizes = [records[name]["weight_bytes"] for name in names if _measured(records, name)]
+        return [f"The bytes of these rows differ by at most {max(sizes) / min(sizes) - 1:.1%}."] if sizes else []
+
+    return answer
+
+
 # --- sensitivity ----------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +256,17 @@ def steps_text(cases: Cases) -> str:
     return f"{steps[0]:.1f} dB in the first, {best}, {steps[-1]:.1f} dB in the last; {share}; costliest: {counts}"
 
 
+MODELOPTS = """Rows of ModelOpt: `mtq.quantize` calibrates in these formats, as a backend of it rounds
+(`pipeline/calibrate/modelopt/backend.py`), on the calibration calls that all methods see; its result is taken over
+number for number. Its SVDQuant has a branch in float32, ours in float16, so that a rank takes twice the bytes.
+Measured with"""
+# Of the formats of the default recipe, with their groups of 64 and with groups of 16.
+DEFAULT_SMALLER = "rtn-fp-exact16"
+SAME_NAME = {
+    "GPTQ": ("modelopt-gptq-exact64-w4a6", "qdit-fp-exact64-w4a6"),
+    "AWQ": ("modelopt-awq-exact64-w4a6", "awq-fp-exact64-w4a6"),
+    "SVDQuant, rank 16": ("modelopt-svdquant-exact64-w4a6", "svdquant-fp-exact64-w4a6"),
+}
 PLACES = [(width, scales) for scales in ("channel", "group128") for width in WIDTHS]
 # Of the formats of the default recipe: exact multipliers against the nearest peers in bytes.
 GROUPS = {
@@ -243,6 +294,15 @@ ANSWERS: dict[str, tuple[Answer, ...]] = {
         ),
     ),
     "methods": (methods,),
+    "equal_formats": (
+        about_modelopt(EQUAL_FORMATS),
+        pairs("Each against round to nearest:", against(EQUAL_FORMATS, DEFAULT), bits=True),
+        pairs("ModelOpt's against ours of the same name:", SAME_NAME, bits=True),
+    ),
+    "equal_bytes": (
+        bytes_apart(EQUAL_BYTES),
+        pairs("Each against round to nearest:", against(EQUAL_BYTES, DEFAULT_SMALLER)),
+    ),
     "qdit": (steps_of(QDIT),),
     "msfp": (steps_of(MSFP),),
     "attention": (

@@ -22,11 +22,12 @@ import torch
 
 from benchmarks import record
 from benchmarks.quality.drawing import BATCH_SIZES, Run, Subject, Trajectory
-from benchmarks.quality.rows import Row
+from benchmarks.quality.rows import Algorithm, Row
 from export import checkpoint
 from export.checkpoint import QuantizedLinear
 from export.errors import EnvironmentLacksError, UserError
 from export.to_onnx import export_portable
+from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Arrays, Engine, LoweredGraph
@@ -70,10 +71,11 @@ def row_recipe(row: Row, settings: Sequence[str] = ()) -> Recipe:
     return replace(recipe, model=f"zoo:{row.model}")
 
 
-def calibration_key(recipe: Recipe, model_sha256: str, multipliers: tuple[int, ...]) -> str:
+def calibration_key(recipe: Recipe, model_sha256: str, row: Row) -> str:
     """Hash of all settings that decide the quantized layers."""
     parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate", "sampling")]
-    return sha256_json([*parts, model_sha256, list(multipliers)])[:16]
+    others = [] if row.algorithm is None else [dict(row.algorithm)]
+    return sha256_json([*parts, model_sha256, list(row.multipliers), *others])[:16]
 
 
 def calibrated(
@@ -83,20 +85,46 @@ def calibrated(
 
     redo: forget what the folder holds.
     """
-    place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
+    place = folder / calibration_key(recipe, subject.model.sha256, row)
     if redo:
         remove(place)
     path, started = place / TIME_FILE, time.monotonic()
     before = float(record.read(path, {"seconds": 0.0})["seconds"])  # of runs that were interrupted
     try:
-        own = restricted(subject, row, recipe, place) if row.multipliers else None
-        layers = own or calibrate(subject.model, recipe, place)
+        layers = _calibrated(subject, row, recipe, place)
     finally:
         seconds = before + time.monotonic() - started
         # A run that finds all done adds next to nothing.
         if place.is_dir() and not math.isclose(seconds, before, abs_tol=0.5):
             write_json(path, {"seconds": seconds})
     return layers, seconds / 60
+
+
+def _calibrated(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
+    if row.multipliers:
+        return restricted(subject, row, recipe, folder)
+    if row.algorithm is not None:
+        return by_modelopt(subject, row.algorithm, recipe, folder)
+    return calibrate(subject.model, recipe, folder)
+
+
+def by_modelopt(subject: Subject, algorithm: Algorithm, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:
+    """What ModelOpt makes of the recipe's formats and calibration calls. Raises EnvironmentLacksError without it."""
+    if (folder / checkpoint.LAYERS_FILE).is_file():
+        return checkpoint.load(folder)
+    from pipeline.calibrate.modelopt.backend import quant_config
+    from pipeline.calibrate.modelopt.take_over import quantized, take_over
+
+    formats, weights = recipe.formats, recipe.weights
+    size = 0 if weights.granularity == "per_channel" else weights.group_size
+    config = quant_config(formats.weight, formats.activation, weights.granularity, size, dict(algorithm))
+    return take_over(subject.model, recipe, quantized(subject.model, recipe, config), folder)
+
+
+def refuse_missing_modelopt(row: Row) -> None:
+    """Raises EnvironmentLacksError where ModelOpt is to calibrate the row and is not installed."""
+    if row.algorithm is not None:
+        machine.require(("modelopt",), f"the row {row.name}", "modelopt")
 
 
 def restricted(subject: Subject, row: Row, recipe: Recipe, folder: Path) -> list[QuantizedLinear]:

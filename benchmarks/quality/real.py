@@ -138,7 +138,8 @@ def real_rows(model: LoadedModel, arguments: argparse.Namespace) -> list[Row]:
     if model.family.name not in FAMILY_ROWS:
         raise RecipeError(f"{model.family.name}: no rows for this family; use one of {', '.join(FAMILY_ROWS)}")
     stand_in, recipe = FAMILY_ROWS[model.family.name]
-    rows = [replace(row, recipe=recipe) for row in rows_of(stand_in, patterns=arguments.rows) if not row.multipliers]
+    chosen = rows_of(stand_in, patterns=arguments.rows)
+    rows = [replace(row, recipe=recipe) for row in chosen if not row.multipliers and row.algorithm is None]
     if not rows:
         raise RecipeError(f"--rows {' '.join(arguments.rows)}: no such row; --list shows them all")
     return rows

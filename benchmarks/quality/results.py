@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.quality.metrics import LEVEL, RESAMPLES
+from benchmarks.quality.rows import Algorithm
 from benchmarks.record import Json
 from export.errors import RecipeError
 from pipeline import machine
@@ -72,12 +73,19 @@ class Results:
         record.write(self.path.stem, header | rest, self.folder)
 
 
-def row_key(subject: Mapping[str, object], recipe: Recipe | None, multipliers: tuple[int, ...]) -> str:
+def row_key(
+    subject: Mapping[str, object],
+    recipe: Recipe | None,
+    multipliers: tuple[int, ...],
+    algorithm: Algorithm | None = None,
+) -> str:
     """Hash of the settings that decide a row's numbers. The code does so, too: its hash is kept with every record, and
     `--redo` measures a row again after a change."""
     parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate")] if recipe else []
     if recipe and recipe.attention.formats is not None:  # else the key of rows that were measured before it was
         parts.append(asdict(recipe.attention))
+    if algorithm is not None:
+        parts.append(dict(algorithm))
     return sha256_json([subject, parts, list(multipliers)])[:16]
 
 

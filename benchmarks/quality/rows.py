@@ -5,7 +5,7 @@ A row is a model, a recipe and settings as of `--set`. Several tables may show t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -19,19 +19,22 @@ CHANNEL = ("weights.granularity=per_channel",)
 # Attention of rows that do not name its formats, whatever their recipe has for it.
 FLOAT_ATTENTION = ("attention.qk=float", "attention.pv=float")
 # Of the records of sensitivity: what is quantized of the linears, and their kind if it is none in particular.
+Algorithm = Mapping[str, str | int]
 PARTS = WEIGHTS, ACTIVATIONS, BOTH = "weights", "activations", "both"
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized model. `multipliers`: the only group multipliers that round to nearest may use, () for all."""
+    """One quantized model. `multipliers`: the only group multipliers that round to nearest may use, () for all.
+    `algorithm`: of ModelOpt, with its options, which calibrates in the row's formats; None for methods of ours."""
 
     name: str
     model: str
     recipe: str
     settings: tuple[str, ...]
     multipliers: tuple[int, ...] = ()
+    algorithm: Algorithm | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Line:
     widths: tuple[str, ...] = WIDTHS
     multipliers: tuple[int, ...] = ()
     weight_of: str = PLAIN
+    algorithm: Algorithm | None = None
 
     def rows(self, model: str) -> list[Row]:
         """For one model, in order of `widths`."""
@@ -55,7 +59,8 @@ class Line:
             weight, activation = formats[width[:2]], formats[width[2:]]
             base = (f"formats.weight={weight}", f"formats.activation={activation}", self.weight_of, *FLOAT_ATTENTION)
             settings = (*base, *chosen, *self.settings)
-            rows.append(Row(f"{self.name}-{width}", model, MODELS[model], settings, self.multipliers))
+            name = f"{self.name}-{width}"
+            rows.append(Row(name, model, MODELS[model], settings, self.multipliers, self.algorithm))
         return rows
 
 
@@ -81,6 +86,13 @@ def method(name: str, granularity: tuple[str, ...] = CHANNEL, **options: str | i
     """Settings of a calibration method, its options, and the recipe's granularity."""
     chosen = (f"calibrate.options.{key}={str(value).lower()}" for key, value in options.items())
     return (f"method={name}", *chosen, *granularity)
+
+
+def of_modelopt(label: str, name: str, scales: tuple[str, ...], algorithm: str, **options: int) -> Line:
+    """A line of W4A6 that ModelOpt calibrates by one of its algorithms, as `mtq.quantize` takes it."""
+    chosen: Algorithm = {"method": algorithm, **options}
+    settings = method("modelopt", scales)
+    return Line(f"{label}, ModelOpt's", f"modelopt-{name}", settings, None, ("w4a6",), algorithm=chosen)
 
 
 METHODS = Table(
@@ -237,9 +249,55 @@ ATTENTION = Table(
     ),
     ("pixart_mini",),
 )
+EQUAL_FORMATS = Table(
+    "equal_formats",
+    "What do AWQ, SVDQuant and ModelOpt's algorithms bring, at equal formats?",
+    (
+        FAST["rtn-fp-exact64"],
+        FAST["fp4dit-fp-exact64"],
+        Line("GPTQ", "qdit-fp-exact64", method("qdit", exact(64), activations="per_token"), None, ("w4a6",)),
+        Line("AWQ", "awq-fp-exact64", method("awq", exact(64)), None, ("w4a6",)),
+        Line("SVDQuant, rank 16", "svdquant-fp-exact64", method("svdquant", exact(64), rank=16), None, ("w4a6",)),
+        of_modelopt("round to nearest", "max-exact64", exact(64), "max"),
+        of_modelopt("clipped by squared error", "mse-exact64", exact(64), "mse"),
+        of_modelopt("GPTQ", "gptq-exact64", exact(64), "gptq"),
+        of_modelopt("AWQ", "awq-exact64", exact(64), "awq_lite"),
+        of_modelopt("SVDQuant, rank 16", "svdquant-exact64", exact(64), "svdquant", lowrank=16),
+    ),
+    ABLATED,
+)
+# A rank takes a number for each channel of input and output, which are 2 bytes of ours and 4 of ModelOpt's branches;
+# groups of 16 instead of 64 take 3/32 of a byte for each weight. At these models' widths ranks of 2 and 1 take as much.
+EQUAL_BYTES = Table(
+    "equal_bytes",
+    "What do they bring, at equal bytes?",
+    (
+        Line("round to nearest", "rtn-fp-exact16", exact(16), None, ("w4a6",)),
+        Line("FP4DiT", "fp4dit-fp-exact16", method("fp4dit", exact(16)), None, ("w4a6",)),
+        Line("GPTQ", "qdit-fp-exact16", method("qdit", exact(16), activations="per_token"), None, ("w4a6",)),
+        Line("AWQ", "awq-fp-exact16", method("awq", exact(16)), None, ("w4a6",)),
+        Line("SVDQuant, rank 2", "svdquant-fp-rank2", method("svdquant", exact(64), rank=2), None, ("w4a6",)),
+        of_modelopt("clipped by squared error", "mse-exact16", exact(16), "mse"),
+        of_modelopt("AWQ", "awq-exact16", exact(16), "awq_lite"),
+        of_modelopt("SVDQuant, rank 1", "svdquant-rank1", exact(64), "svdquant", lowrank=1),
+    ),
+    ABLATED,
+)
 TABLES = {
     table.name: table
-    for table in (METHODS, FP_OR_INT, QDIT, MSFP, GROUPS, LEARNED_GROUPS, FULL, FULL_DEFAULT, ATTENTION)
+    for table in (
+        METHODS,
+        EQUAL_FORMATS,
+        EQUAL_BYTES,
+        FP_OR_INT,
+        QDIT,
+        MSFP,
+        GROUPS,
+        LEARNED_GROUPS,
+        FULL,
+        FULL_DEFAULT,
+        ATTENTION,
+    )
 }
 ON_REQUEST = (FULL.name,)  # hours of calibration: measured when asked for by --table
 

@@ -40,8 +40,9 @@ def make_parser() -> Parser:
     flags.add_argument(
         "--from-modelopt",
         type=Path,
-        metavar="FILE",
-        help="take the layers over from what modelopt.torch.opt.save wrote; formats are its own",
+        metavar="FILE|DIR",
+        help="take the layers over from a file of modelopt.torch.opt.save or a folder of save_pretrained with "
+        "modelopt_state.pth; formats are its own",
     )
     flags.add_argument("--resume", action="store_true", help="go on with an interrupted calibration")
     flags.add_argument("--force", action="store_true", help="replace what is in the folder")

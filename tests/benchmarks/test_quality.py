@@ -31,9 +31,13 @@ from benchmarks.quality.metrics import (
 from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
 from benchmarks.quality.rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
 from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
+from export import checkpoint
 from export.errors import EnvironmentLacksError, RecipeError
+from pipeline import machine
 from pipeline.backends.cuda import CudaOptions
 from pipeline.bench.measure import Timing
+from pipeline.calibrate.modelopt import take_over as modelopt_take_over
+from pipeline.calibrate.modelopt.backend import quant_config
 from pipeline.recipe import Attention
 from pipeline.verify.report import Gate
 
@@ -174,7 +178,7 @@ def test_a_measured_row_is_known_by_what_its_recipe_is_today(model):
     measured = [row for row in rows_of(model) if document["rows"].get(row.name, {}).get("status") == MEASURED]
     assert len(measured) > 80
     for row in measured:
-        key = row_key(document["subject"], quality_engines.row_recipe(row), row.multipliers)
+        key = row_key(document["subject"], quality_engines.row_recipe(row), row.multipliers, row.algorithm)
         assert results.has(row.name, key), row.name
 
 
@@ -191,6 +195,8 @@ def test_the_key_follows_every_setting_and_the_subject():
     assert row_key({"count": 1}, one, ()) in keys
     quantized = replace(one, attention=Attention("INT8", "INT8"))
     assert row_key({"count": 1}, quantized, ()) not in keys
+    by_algorithm = {row_key({"count": 1}, one, (), {"method": "svdquant", "lowrank": rank}) for rank in (1, 2)}
+    assert len(by_algorithm | keys) == 5
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -225,6 +231,27 @@ def test_only_the_wanted_multipliers_are_used(subject, tmp_path):
     assert multipliers <= {1, 2, 4, 8} and len(multipliers) > 1
     again, _ = quality_engines.calibrated(subject, row, quality_engines.row_recipe(row), tmp_path)
     assert all((one.codes == other.codes).all() for one, other in zip(layers, again, strict=True))
+
+
+def test_modelopt_calibrates_in_the_formats_of_the_row_and_once(subject, tmp_path, monkeypatch):
+    row = rows_of("dit_mini", patterns=["modelopt-svdquant-rank1-w4a6"])[0]
+    recipe, asked = quality_engines.row_recipe(row), []
+    plain = rows_of("dit_mini", patterns=["rtn-fp-exact64-w4a6"])[0]
+    layers, _ = quality_engines.calibrated(subject, plain, quality_engines.row_recipe(plain), tmp_path)
+
+    def take_over(model, _, module, folder):
+        assert module == "quantized"
+        checkpoint.save(layers, folder)
+        return layers
+
+    monkeypatch.setattr(modelopt_take_over, "quantized", lambda *words: asked.append(words) or "quantized")
+    monkeypatch.setattr(modelopt_take_over, "take_over", take_over)
+    for _ in range(2):
+        made, _ = quality_engines.calibrated(subject, row, recipe, tmp_path)
+        assert [layer.name for layer in made] == [layer.name for layer in layers]
+    ((model, given, config),) = asked
+    assert model is subject.model and given == recipe
+    assert config == quant_config("E2M1", "E2M3", "exact_group", 64, {"method": "svdquant", "lowrank": 1})
 
 
 def test_times_of_interrupted_calibrations_add_up(subject, tmp_path, monkeypatch):
@@ -348,6 +375,14 @@ def test_rows_that_fail_or_are_not_there_are_recorded(command, monkeypatch):
     assert code == 1 and rows["rtn-int-channel-w4a4"]["status"] == FAILED
     assert rows["rtn-int-channel-w4a4"]["reason"] == "ValueError: no luck"
     assert rows["magic-w4a6"]["status"] == UNAVAILABLE and "'magic' is not available" in rows["magic-w4a6"]["reason"]
+
+
+def test_a_row_of_modelopt_is_not_there_without_it(command, monkeypatch):
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "modelopt" else name)
+    code, rows = command("--rows", "modelopt-max-exact64-w4a6")
+    row = rows["modelopt-max-exact64-w4a6"]
+    assert code == 0 and row["status"] == UNAVAILABLE
+    assert row["reason"].endswith("needs modelopt; install with: pip install 'ditc[modelopt]'")
 
 
 def test_rows_of_other_pictures_are_not_mixed_in(command, caplog):

@@ -139,6 +139,22 @@ def test_each_row_has_the_round_to_nearest_of_its_own_formats():
     assert not any(name.startswith("rtn") for name in nearest) and not any("power" in name for name in nearest.values())
 
 
+def test_rows_of_modelopt_are_told_with_their_version_bytes_and_ours_of_the_same_name():
+    rows = {"rtn-fp-exact64-w4a6": made_up(1.0), "awq-fp-exact64-w4a6": made_up(0.5, size=1010)}
+    rows |= {"modelopt-awq-exact64-w4a6": made_up(0.2, 40.0, 1010) | {"modelopt": "0.47.0"}}
+    text = quality_tables.table_text(TABLES["equal_formats"], "dit_mini", rows)
+    assert "Measured with ModelOpt 0.47.0." in text.replace("\n", " ")
+    assert "- AWQ, ModelOpt's, 4.21 and 4.21 bits per weight: distance x 0.20 (better), PSNR +10.0 dB (better)" in text
+    against_ours = text.partition("ModelOpt's against ours of the same name:")[2]
+    assert "- AWQ, 4.21 and 4.21 bits per weight: distance x 0.40 (better)" in against_ours
+    rows = {"rtn-fp-exact16-w4a6": made_up(1.0), "svdquant-fp-rank2-w4a6": made_up(0.5, size=1010)}
+    text = quality_tables.table_text(TABLES["equal_bytes"], "dit_mini", rows)
+    assert "The bytes of these rows differ by at most 1.0%." in text
+    assert "Measured with ModelOpt" not in text and "bytes of these" not in "".join(
+        part for answer in quality_answers.ANSWERS["equal_bytes"] for part in answer({})
+    )
+
+
 def test_sensitivity_is_told_from_the_noise_of_kinds_parts_and_steps():
     text = "\n".join(quality_answers.sensitivity_answers(sensitivity_rows()))
     assert (

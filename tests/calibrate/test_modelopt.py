@@ -3,6 +3,7 @@ with the quantizer's name where they are not. States are made by hand here; test
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from export import checkpoint
 from export.errors import EnvironmentLacksError, ModelError, RecipeError
 from export.models.load import LoadedModel, load
+from export.models.weights import WEIGHTS_FILE
 from pipeline import recipe as recipes
 from pipeline.calibrate import __main__ as command
 from pipeline.calibrate import adopt, calibrate
@@ -27,7 +30,7 @@ from pipeline.calibrate.modelopt.rounding import (
     own_weight,
     weight_rounding,
 )
-from pipeline.calibrate.modelopt.state import State, read_state
+from pipeline.calibrate.modelopt.state import STATE_FILE, State, read_state
 from pipeline.calibrate.modelopt.take_over import RECIPE_FILE, recipe_of_file
 from tests.support import tiny
 
@@ -71,6 +74,16 @@ def saved(state: State, path: Path, mode: str = "max_calibrate") -> Path:
     ]
     torch.save({"modelopt_state": {"modelopt_state_dict": modes}, "model_state_dict": state.tensors}, path)
     return path
+
+
+def saved_folder(state: State, folder: Path, mode: str = "max_calibrate") -> Path:
+    """The folder that a model's save_pretrained writes of it, once ModelOpt has been told to add its part."""
+    file = saved(state, folder.with_suffix(".pt"), mode)
+    conversions = torch.load(file, weights_only=True)["modelopt_state"] | {"modelopt_version": "0.47.0"}
+    folder.mkdir()
+    torch.save(conversions, folder / STATE_FILE)
+    save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / WEIGHTS_FILE)
+    return folder
 
 
 def by_modelopt(w: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
@@ -240,6 +253,22 @@ def test_the_message_names_the_quantizer(model: LoadedModel) -> None:
             Taken(model, replace(given, quantizers={**given.quantizers, f"{name}.weight_quantizer": settings}))
 
 
+def test_linears_that_are_not_quantized_are_told_with_the_setting_that_keeps_them(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    given, names = state(model), [linear.name for linear in model.linears()][:3]
+    off = {f"{name}.{part}": OFF for name in names for part in ("weight_quantizer", "input_quantizer")}
+    mixed = replace(given, quantizers={**given.quantizers, **off})
+    keep = "keep=[" + ", ".join(f'"{name}"' for name in names) + "]"
+    with pytest.raises(RecipeError) as caught:
+        Taken(model, mixed)
+    share = f"3 of {len(model.linears())} linears are not quantized"
+    assert str(caught.value) == f"state: {share}; --set '{keep}' keeps them in float"
+    recipe = recipes.with_settings(recipes.load("pixart_w4a6"), [f"model={model.source}", keep])
+    taken = Taken(recipes.load_float_model(recipe), mixed)
+    assert list(taken.rows) == [linear.name for linear in model.linears()][3:]
+
+
 @pytest.mark.parametrize("path", ["transformer_blocks.0.attn1.q_bmm_quantizer", "proj_out.weight_quantizer"])
 def test_quantizers_of_what_stays_in_float_are_refused(path: str, model: LoadedModel) -> None:
     given = state(model)
@@ -333,9 +362,49 @@ def test_files_that_are_none_are_refused(model: LoadedModel, tmp_path: Path) -> 
         read_state(saved(state(model), path, "real_quantize"))
 
 
-def test_the_command_takes_a_file_over(model: LoadedModel, tmp_path: Path) -> None:
+def test_folders_that_are_none_are_refused(model: LoadedModel, tmp_path: Path) -> None:
+    whole = saved_folder(state(model), tmp_path / "transformer")
+    with pytest.raises(ModelError, match=rf"has no {STATE_FILE}; give its folder transformer"):
+        read_state(tmp_path)
+    for name in (STATE_FILE, WEIGHTS_FILE):
+        part = tmp_path / f"without {name}"
+        shutil.copytree(whole, part)
+        (part / name).unlink()
+        with pytest.raises(ModelError, match=f"has no {name}"):
+            read_state(part)
+    (part / STATE_FILE).unlink()
+    with pytest.raises(ModelError, match=r"call modelopt\.torch\.opt\.enable_huggingface_checkpointing\(\) before"):
+        read_state(part)
+    with pytest.raises(RecipeError, match=rf"{STATE_FILE}: ModelOpt's mode 'real_quantize' changed more than quantiz"):
+        read_state(saved_folder(state(model), tmp_path / "compressed", "real_quantize"))
+
+
+def test_a_folder_runs_no_code(model: LoadedModel, tmp_path: Path) -> None:
+    folder, ran = saved_folder(state(model), tmp_path / "folder"), tmp_path / "ran"
+    torch.save({"modelopt_state_dict": RunsCode(ran)}, folder / STATE_FILE)
+    with pytest.raises(ModelError, match=rf"{STATE_FILE}: cannot be read as tensors and plain values"):
+        read_state(folder)
+    (folder / WEIGHTS_FILE).rename(folder / "diffusion_pytorch_model.bin")
+    torch.save({"modelopt_state_dict": [("quantize", {"metadata": {"quantizer_state": {}}})]}, folder / STATE_FILE)
+    with pytest.raises(ModelError, match=r"diffusion_pytorch_model.bin is a pickle, which can run code when read"):
+        read_state(folder)
+    assert not ran.exists()
+
+
+class RunsCode:
+    """What a pickle of it does when it is read: make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [saved, saved_folder])
+def test_the_command_takes_a_file_or_folder_over(save: Any, model: LoadedModel, tmp_path: Path) -> None:
     """Its recipe then builds from the folder, which is as good as the file."""
-    path, folder = saved(state(model), tmp_path / "a.pt"), tmp_path / "taken"
+    path, folder = save(state(model), tmp_path / "a"), tmp_path / "taken"
     words = ["--engine", "pixart_w4a6", "-m", model.source, "--from-modelopt", str(path), "-o", str(folder)]
     assert command.main(words) == 0
     layers = checkpoint.load(folder)
@@ -352,6 +421,12 @@ def test_a_file_that_has_changed_is_refused(model: LoadedModel, tmp_path: Path) 
     path = saved(state(model), tmp_path / "a.pt")
     recipe = recipe_of_file(model, recipes.load("pixart_w4a6"), path)
     saved(state(model, FP8 | {"_axis": None}), path)
+    with pytest.raises(RecipeError, match=r"has the hash .*; take it over anew"):
+        calibrate(model, recipe, tmp_path / "layers")
+    folder = saved_folder(state(model), tmp_path / "folder")
+    recipe = recipe_of_file(model, recipes.load("pixart_w4a6"), folder)
+    tensors = {name: 2 * tensor for name, tensor in state(model).tensors.items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
     with pytest.raises(RecipeError, match=r"has the hash .*; take it over anew"):
         calibrate(model, recipe, tmp_path / "layers")
     options = {"sha256": "0" * 64}
@@ -390,6 +465,24 @@ def _values(how: WeightRounding, w: Any, amax: Any) -> Any:
     codes, scales, multipliers = how.codes(w, amax, "layer")
     values = how.format.values[codes].astype(np.float32).reshape(len(w), multipliers.shape[1], -1)
     return (values * multipliers[..., None].astype(np.float32) * scales[..., None]).reshape(w.shape)
+
+
+@pytest.mark.fast
+def test_gradients_pass_the_rounding() -> None:
+    arguments = {"role": "input", "format": "E2M3"}
+    x = torch.linspace(-3, 3, 32).reshape(2, 16).requires_grad_()
+    wanted = torch.arange(32.0).reshape(2, 16)
+    rounded = backend.rounded(x, SimpleNamespace(backend_extra_args=arguments))
+    assert not torch.equal(rounded, x)
+    rounded.backward(wanted)
+    assert x.grad is not None and torch.equal(x.grad, wanted)
+
+
+@pytest.mark.fast
+def test_configurations_say_how_many_bits_a_weight_takes() -> None:
+    """By which auto_quantize weighs them: codes, 4 bits for a multiplier, 32 for a group's scale."""
+    configs = (backend.W4A6_FP4DIT_CFG, backend.W4A6_GROUP_CFG, backend.W6A6_CFG, backend.W8A6_CFG)
+    assert [config["effective_bits"] for config in configs] == [4 + 4 / 64, 4 + 32 / 64, 6, 8]
 
 
 @pytest.mark.fast

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.tools.environments import CannotBeHadError
 from export import checkpoint, to_onnx
+from export.errors import RecipeError
 from export.models import nvfp4
 from export.models.load import LoadedModel, denoiser, load, sample_inputs
 from pipeline import recipe as recipes
@@ -59,10 +60,13 @@ def results(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+def base(model: LoadedModel, *more: str) -> recipes.Recipe:
+    return recipes.with_settings(recipes.load("pixart_w4a6"), [*SETTINGS, f"model={model.source}", *more])
+
+
 def taken(model: LoadedModel, results: Path, case: str, folder: Path) -> tuple[recipes.Recipe, Any]:
     """The recipe of what ModelOpt saved, and its layers."""
-    base = recipes.with_settings(recipes.load("pixart_w4a6"), [*SETTINGS, f"model={model.source}"])
-    recipe = recipe_of_file(model, base, results / f"{case}.pt")
+    recipe = recipe_of_file(model, base(model), results / f"{case}.pt")
     return recipe, calibrate(model, recipe, folder)
 
 
@@ -71,7 +75,7 @@ def sample(model: LoadedModel, layers: Any) -> Any:
         return ReferenceEngine(fake_quant(model, layers, torch.float32)).run(sample_inputs(model, 2, 0))["sample"]
 
 
-@pytest.mark.parametrize("case", [*EXACT, *FLOAT8, "svdquant", "int8"])
+@pytest.mark.parametrize("case", [*EXACT, *FLOAT8, "svdquant", "auto", "int8"])
 def test_weights_are_those_that_modelopt_multiplies_with(
     case: str, model: LoadedModel, results: Path, tmp_path: Path
 ) -> None:
@@ -81,7 +85,8 @@ def test_weights_are_those_that_modelopt_multiplies_with(
         for layer in layers:
             own = layer.dequantized().astype(np.float32)
             np.testing.assert_allclose(own, theirs[layer.name], rtol=2.0**-22 if case == "int8" else 0)
-    assert all((layer.input_multiplier is not None) is (case in BALANCED) for layer in layers)
+    if case != "auto":
+        assert all((layer.input_multiplier is not None) is (case in BALANCED) for layer in layers)
     assert all((layer.lora_down is not None) is ("svdquant" in case) for layer in layers)
 
 
@@ -96,7 +101,7 @@ def test_the_reference_gives_what_modelopts_module_gives(
         np.testing.assert_array_equal(sample(model, taken(model, results, case, tmp_path)[1]), theirs["sample"])
 
 
-@pytest.mark.parametrize("case", [*FLOAT8, "svdquant", "int8"])
+@pytest.mark.parametrize("case", [*FLOAT8, "svdquant", "auto", "int8"])
 def test_the_reference_is_close_where_roundings_differ(
     case: str, model: LoadedModel, results: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +131,45 @@ def test_modelopt_calibrates_by_every_configuration(name: str, results: Path) ->
         assert (layer.granularity, layer.group_size) == (weight["granularity"], weight["group_size"])
 
 
+def test_a_folder_of_save_pretrained_gives_the_layers_of_the_file(
+    model: LoadedModel, results: Path, tmp_path: Path
+) -> None:
+    _, layers = taken(model, results, "int8", tmp_path / "file")
+    folders = calibrate(model, recipe_of_file(model, base(model), results / "folder"), tmp_path / "folder")
+    for one, other in zip(layers, folders, strict=True):
+        for key in ("codes", "scales", "bias", "input_multiplier", "activation_scale"):
+            np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
+
+
+def test_auto_quantize_mixes_formats(model: LoadedModel, results: Path, tmp_path: Path) -> None:
+    """Within its bits, whose sum over all linears is what the configurations state."""
+    _, layers = taken(model, results, "auto", tmp_path)
+    assert len({layer.weight_format for layer in layers}) > 1 and len({layer.activation_format for layer in layers}) > 1
+    assert len({layer.granularity for layer in layers}) > 1
+    bits = {("E2M1", "exact_group"): 4 + 4 / 32, ("E2M1", "group"): 5, ("E2M3", "per_channel"): 6}
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    taken_bits = [bits.get((layer.weight_format, layer.granularity), 8) for layer in layers]
+    assert 5 < np.average(taken_bits, weights=sizes) <= 5.5
+    assert (results / "refused.txt").read_text() == (
+        "effective_bits 4: the smallest of these formats has 4.125; give 4.125 to 16"
+    )
+
+
+def test_linears_that_auto_quantize_leaves_in_float_are_kept_by_the_setting_it_is_told(
+    model: LoadedModel, results: Path, tmp_path: Path
+) -> None:
+    path = results / "auto_floats.pt"
+    with pytest.raises(RecipeError, match=r"linears are not quantized; --set 'keep=\[.*\]' keeps them") as caught:
+        recipe_of_file(model, base(model), path)
+    recipe = base(model, str(caught.value).partition("--set '")[2].partition("'")[0])
+    kept = recipes.load_float_model(recipe)
+    assert 0 < len(kept.linears()) < len(model.linears())
+    layers = calibrate(kept, recipe_of_file(kept, recipe, path), tmp_path)
+    with np.load(results / "auto_floats.npz") as theirs:
+        for layer in layers:
+            np.testing.assert_array_equal(layer.dequantized().astype(np.float32), theirs[layer.name])
+
+
 def test_nvfp4_weights_are_read_as_modelopt_reads_them(results: Path) -> None:
     with np.load(results / "nvfp4.npz") as parts:
         codes, blocks, whole, weight = (torch.from_numpy(parts[key]) for key in ("codes", "blocks", "whole", "weight"))
@@ -135,7 +179,7 @@ def test_nvfp4_weights_are_read_as_modelopt_reads_them(results: Path) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", ["svdquant", "fp8_token"])
+@pytest.mark.parametrize("case", ["svdquant", "fp8_token", "auto"])
 def test_engines_of_them_pass_the_gates(case: str, model: LoadedModel, results: Path, tmp_path: Path) -> None:
     recipe, layers = taken(model, results, case, tmp_path / "layers")
     to_onnx.export_portable(model, layers, tmp_path / "model.onnx")

@@ -3,7 +3,7 @@
     python -m tests.support.modelopt_run MODEL FOLDER
 
 FOLDER/NAME.pt is what ModelOpt saves, FOLDER/NAME.npz what its module gives and multiplies with; FOLDER/live the layers
-of a module that was not saved.
+of a module that was not saved; FOLDER/folder the last case as save_pretrained writes it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from torch import nn
 
-from export.errors import EnvironmentLacksError
+from export.errors import EnvironmentLacksError, RecipeError
 from export.models.load import LoadedModel, load, sample_inputs
 from export.models.torch_modules import Denoiser
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.modelopt import backend
+from pipeline.calibrate.modelopt.auto_quantize import auto_quantized
 from pipeline.calibrate.modelopt.backend import W6A6_CFG, quant_config, refuse_without_cuda
 from pipeline.calibrate.modelopt.take_over import quantized, take_over
 
@@ -45,6 +46,12 @@ CASES: dict[str, Any] = {
 }
 # Configurations by name, each of which calibrates and is taken over.
 PRESETS = [name for name in vars(backend) if name.endswith("_CFG")]
+CHOICES = [
+    EXACT,
+    GROUPS | {"algorithm": "mse"},
+    quant_config("E2M3", "E3M4") | {"algorithm": "awq_lite"},
+    mtq.FP8_DEFAULT_CFG,
+]
 SETTINGS = ["calibrate.size=1", "calibrate.timesteps=2", "sampling.n_steps=2", "sampling.guidance_scale=1.0"]
 
 
@@ -54,20 +61,19 @@ def recipe_of_tests(model: LoadedModel) -> recipes.Recipe:
 
 def main(source: str, folder: Path) -> None:
     model = load(source)
-    recipe, inputs = recipe_of_tests(model), sample_inputs(model, 2, 0)
-    names = tuple(row.name for row in model.inputs)
+    recipe = recipe_of_tests(model)
     for case, config in CASES.items():
         module = quantized(model, recipe, config)
-        with single_threaded_torch():
-            sample = ReferenceEngine(Denoiser(module, model.family, names).eval()).run(inputs)["sample"]
-        np.savez(folder / f"{case}.npz", sample=sample, **weights(model, module))
-        mto.save(module, folder / f"{case}.pt")
+        keep(model, folder, case, module)
         if case == "awq":
             take_over(model, recipe, module, folder / "live")
     for name in PRESETS:
         take_over(model, recipe, quantized(model, recipe, getattr(backend, name)), folder / "presets" / name)
-    nvfp4(folder)
     spellings(model, recipe)
+    searched(model, recipe, folder)
+    nvfp4(folder)
+    mto.enable_huggingface_checkpointing()
+    module.save_pretrained(folder / "folder")
 
 
 def spellings(model: LoadedModel, recipe: recipes.Recipe) -> None:
@@ -86,6 +92,26 @@ def spellings(model: LoadedModel, recipe: recipes.Recipe) -> None:
             assert "*weight_quantizer is (2, 1) in blocks with rounded scales" in str(error), error
         else:
             assert torch.cuda.is_available(), way
+
+
+def searched(model: LoadedModel, recipe: recipes.Recipe, folder: Path) -> None:
+    """Formats that auto_quantize has chosen: one for each linear, and of some none; and what it is refused."""
+    keep(model, folder, "auto", auto_quantized(model, recipe, CHOICES, 5.5))
+    keep(model, folder, "auto_floats", auto_quantized(model, recipe, CHOICES, 9, some_in_float=True))
+    try:
+        auto_quantized(model, recipe, CHOICES, 4)
+    except RecipeError as error:
+        (folder / "refused.txt").write_text(str(error), encoding="utf-8")
+
+
+def keep(model: LoadedModel, folder: Path, case: str, module: nn.Module) -> None:
+    """The two files of a case."""
+    names = tuple(row.name for row in model.inputs)
+    with single_threaded_torch():
+        engine = ReferenceEngine(Denoiser(module, model.family, names).eval())
+        sample = engine.run(sample_inputs(model, 2, 0))["sample"]
+    np.savez(folder / f"{case}.npz", sample=sample, **weights(model, module))
+    mto.save(module, folder / f"{case}.pt")
 
 
 def nvfp4(folder: Path) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from export.checkpoint import QuantizedLinear
-from export.documents import sha256
 from export.errors import RecipeError
 from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.modelopt.layers import Taken
-from pipeline.calibrate.modelopt.state import read_state
+from pipeline.calibrate.modelopt.state import read_state, state_sha256
 
 
 class FromModelopt(Method):
-    """Options: checkpoint (a file of mto.save), sha256 (its hash, which decides the layers), activations."""
+    """Options: checkpoint (a file of mto.save, or a folder of save_pretrained), sha256 (its hash, which decides the
+    layers), activations."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -28,7 +28,7 @@ class FromModelopt(Method):
             )
         path = Path(name)
         state = read_state(path)
-        digest = sha256(path, RecipeError)
+        digest = state_sha256(path)
         if expected and digest != expected:
             raise RecipeError(
                 f"{path} has the hash {digest}, not {expected}; take it over anew (calibrate --from-modelopt)"

@@ -5,8 +5,9 @@ the numbers that our engines compute with.
     register()
     module = mtq.quantize(module, fitted(W4A6_FP4DIT_CFG | {"algorithm": "awq_lite"}, model), forward_loop)
 
-Weights are rounded with the amax that ModelOpt's algorithms settle on, activations with a scale found at run time. No
-gradients go through either: it calibrates, it does not train.
+Weights are rounded with the amax that ModelOpt's algorithms settle on, activations with a scale found at run time.
+Gradients pass the rounding as if it were not there, which is what auto_quantize's scores need; scales have none: it
+calibrates, it does not train.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def quant_config(
         {"quantizer_name": "*weight_quantizer", "cfg": of_weight},
         {"quantizer_name": "*input_quantizer", "cfg": of_input},
     ]
-    return {"quant_cfg": rows, "algorithm": algorithm}
+    return {"quant_cfg": rows, "algorithm": algorithm, "effective_bits": own_weight(arguments).bits_per_weight}
 
 
 W4A6_FP4DIT_CFG = quant_config("E2M1", "E2M3", "exact_group", 64)
@@ -88,6 +89,23 @@ def register() -> None:
 
 def rounded(x: Tensor, quantizer: Any) -> Tensor:
     """The backend: `x` as ModelOpt hands it over, rounded by the quantizer's arguments, in x's own type."""
+    result: Tensor = _StraightThrough.apply(x, quantizer)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding, whose gradient is that of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: Any) -> Tensor:
+        return _rounded(x, quantizer)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _rounded(x: Tensor, quantizer: Any) -> Tensor:
     arguments = quantizer.backend_extra_args
     if arguments.get(ROLE) == INPUT:
         how = own_input(arguments)
@@ -112,10 +130,14 @@ def fitted(config: Mapping[str, Any], model: LoadedModel) -> Config:
     """A configuration, of ours or of ModelOpt, with everything switched off that our engines keep in float: embedders,
     convolutions, norms, adaLN and output layers by the table of the model's family."""
     config = standard(config)
+    off = ({"quantizer_name": f"{path}.*quantizer", "enable": False} for path in kept_in_float(model))
+    return {**config, "quant_cfg": [*config["quant_cfg"], *off]}
+
+
+def kept_in_float(model: LoadedModel) -> list[str]:
+    """Paths of the layers that ModelOpt would quantize and our engines keep in float."""
     ours = {linear.name for linear in model.linears()}
-    kept = [path for path, part in model.module.named_modules() if isinstance(part, LEAVES) and path not in ours]
-    rows = [*config["quant_cfg"], *({"quantizer_name": f"{path}.*quantizer", "enable": False} for path in kept)]
-    return {**config, "quant_cfg": rows}
+    return [path for path, part in model.module.named_modules() if isinstance(part, LEAVES) and path not in ours]
 
 
 def standard(config: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -68,6 +68,7 @@ class Taken:
     def __init__(self, model: LoadedModel, state: State) -> None:
         self.state = state
         linears = model.linears()
+        self._refuse_floats(linears)
         self.rows = {linear.name: self._row(linear) for linear in linears}
         self._refuse_others(model)
         _refuse_other_model(model, state)
@@ -96,6 +97,16 @@ class Taken:
             lora_up=up,
             **self._activation(row),
         )
+
+    def _refuse_floats(self, linears: Sequence[LinearRef]) -> None:
+        """Linears that are not quantized at all, as auto_quantize may choose: one setting keeps them all."""
+        pairs = {linear.name: [f"{linear.name}.{part}" for part in (WEIGHT, INPUT)] for linear in linears}
+        known = self.state.quantizers
+        floats = [name for name, pair in pairs.items() if all(known.get(path, {}).get("_disabled") for path in pair)]
+        if floats:
+            share = f"{len(floats)} of {len(linears)} linears are not quantized"
+            keep = ", ".join(f'"{name}"' for name in floats)
+            raise RecipeError(f"{self.state.source}: {share}; --set 'keep=[{keep}]' keeps them in float")
 
     def _row(self, linear: LinearRef) -> TakenLinear:
         name = linear.name

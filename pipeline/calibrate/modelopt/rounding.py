@@ -41,6 +41,12 @@ class WeightRounding:
     own: bool = False
     narrow: bool = True
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the codes, and of scales (32 bits) or multipliers (4 bits) of groups; a channel's scale is not counted."""
+        group_bits = {"group": 32, "exact_group": 4}.get(self.granularity, 0)
+        return self.format.bits + (group_bits / self.group_size if group_bits else 0)
+
     def codes(self, weight: F32, amax: F32, name: str) -> tuple[NDArray[np.uint8], F32, NDArray[np.uint8]]:
         """Codes [N, K], scales [N, 1 or groups] and multipliers [N, groups] of a weight [N, K] whose absmax, of the
         tensor, of each channel or of each group in order, is `amax`. Raises RecipeError naming the layer."""

@@ -17,8 +17,7 @@ from typing import Any
 from torch import nn
 
 from export.checkpoint import QuantizedLinear
-from export.documents import sha256, whole_file
-from export.errors import RecipeError
+from export.documents import whole_file
 from export.models.load import LoadedModel, save_kept
 from export.models.torch_modules import Denoiser
 from pipeline.backends.reference import ReferenceEngine
@@ -26,7 +25,7 @@ from pipeline.calibrate import origin, with_method
 from pipeline.calibrate.data import calibration_data
 from pipeline.calibrate.modelopt.backend import fitted, refuse_without_cuda, register
 from pipeline.calibrate.modelopt.layers import Taken, recipe_of
-from pipeline.calibrate.modelopt.state import live_state, read_state
+from pipeline.calibrate.modelopt.state import live_state, read_state, state_sha256
 from pipeline.calibrate.state import KEPT, CalibrationState
 from pipeline.recipe import Recipe, to_toml
 
@@ -35,17 +34,18 @@ RECIPE_FILE = "recipe.toml"
 
 
 def recipe_of_file(model: LoadedModel, recipe: Recipe, path: Path) -> Recipe:
-    """The recipe whose method takes over what `mto.save` wrote into `path`: its formats are the file's.
+    """The recipe whose method takes over what `mto.save` wrote into `path`, or `save_pretrained` into that folder: its
+    formats are the file's.
 
     Raises ModelError and RecipeError as `read_state` and `Taken` do.
     """
     taken = Taken(model, read_state(path))
-    return recipe_of(recipe, taken, {"checkpoint": str(path.resolve()), "sha256": sha256(path, RecipeError)})
+    return recipe_of(recipe, taken, {"checkpoint": str(path.resolve()), "sha256": state_sha256(path)})
 
 
 def take_over(model: LoadedModel, recipe: Recipe, module: nn.Module, folder: Path) -> list[QuantizedLinear]:
-    """The layers of a live module that `mtq.quantize` returned, written into `folder` with the recipe that goes with
-    them (recipe.toml) and what is not quantized.
+    """The layers of a live module that `mtq.quantize` or `mtq.auto_quantize` returned, written into `folder` with the
+    recipe that goes with them (recipe.toml) and what is not quantized.
 
     model: the float model that was quantized. recipe: what the layers do not decide, such as sampling. Raises
     RecipeError naming a quantizer that has no equal here, ModelError for a module of another model.
