@@ -16,10 +16,10 @@ from pipeline import machine
 from pipeline.bundle.stages import SAVED
 from pipeline.command import Answer, Parser, Table, parser, run
 from pipeline.files import locked, refuse_unwritable, remove
+from pipeline.jobs.jobs import Runner, in_turn
 from pipeline.progress import track
 from pipeline.signals import leave
 from pipeline.sweep import results
-from pipeline.sweep.jobs import Runner, in_turn
 from pipeline.sweep.plan import Build, read_sweep
 from pipeline.sweep.work import STATE, WRITTEN, Checked, Place, check_jobs, remove_fragments, work_jobs
 
@@ -107,8 +107,8 @@ def _runner(args: argparse.Namespace) -> Iterator[Runner]:
     if not (0 <= gpus <= MOST_UNITS and (gpus <= 1 or gpus.is_integer())):
         raise RecipeError(f"--gpus-per-job {gpus:g}; use 0, a part of one as 0.5, or a whole number")
     machine.require(("ray",), "a sweep with --ray", "ray")
+    from pipeline.jobs.ray_jobs import Cluster, whole_machines
     from pipeline.serve.cluster import joined
-    from pipeline.sweep.ray_jobs import Cluster, whole_machines
 
     with joined(args.ray):
         yield Cluster(whole_machines(args.cpus_per_job, gpus))

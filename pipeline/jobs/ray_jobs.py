@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from export.errors import EnvironmentLacksError
 from pipeline.command import set_up_logging
+from pipeline.jobs.jobs import Ended, Job, attempt, without
 from pipeline.progress import heartbeat
 from pipeline.serve.cluster import last_line
 from pipeline.signals import HEARD_WITHIN_S
-from pipeline.sweep.jobs import Ended, Job, attempt, without
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -1,4 +1,4 @@
-"""Jobs of a cluster whose processes are lost, with a stand-in for Ray; the real one: test_ray.py."""
+"""Jobs of a cluster whose processes are lost, with a stand-in for Ray; the real one: tests/sweep/test_ray.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from export.errors import EnvironmentLacksError
-from pipeline.sweep.jobs import Ended, Job
-from pipeline.sweep.ray_jobs import Cluster, Share, whole_machines
+from pipeline.jobs.jobs import Ended, Job
+from pipeline.jobs.ray_jobs import Cluster, Share, whole_machines
 
 LOST = ("WorkerCrashedError", "NodeDiedError", "ObjectLostError", "LocalRayletDiedError", "OutOfMemoryError")
 
