@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from export.errors import EnvironmentLacksError
 from pipeline.command import set_up_logging
-from pipeline.jobs.jobs import Ended, Job, attempt, without
+from pipeline.jobs.jobs import Ended, Job, Spread, attempt
 from pipeline.progress import heartbeat
 from pipeline.serve.cluster import last_line
 from pipeline.signals import HEARD_WITHIN_S
@@ -48,38 +48,12 @@ def whole_machines(cpus: int | None, gpus: float) -> Share:
 
 
 @dataclass
-class Cluster:
+class Cluster(Spread["ObjectRef[Ended]"]):
     """A Runner on the cluster that this process is part of (`pipeline.serve.cluster.joined`)."""
 
     share: Share
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
-        """As a Runner. A job goes to the cluster when the one that it waits for has ended."""
-        waiting, running, over = list(jobs), dict[Any, tuple[Job, int]](), dict[str, Ended]()
-        while waiting or running:
-            held = []
-            for job in waiting:
-                cause = over.get(job.after) if job.after else None
-                if cause is not None and not cause.passed:
-                    over[job.name] = without(job, cause)
-                    yield over[job.name]
-                elif job.after and cause is None:
-                    held.append(job)
-                else:
-                    running[self._send(job)] = job, 1
-            waiting = held
-            if not running:  # what was left waited for what failed
-                continue
-            for place in _ready(list(running)):
-                job, tries = running.pop(place)
-                ended = _ended(job, place, tries)
-                if ended is None:
-                    running[self._send(job)] = job, tries + 1
-                else:
-                    over[job.name] = ended
-                    yield ended
-
-    def _send(self, job: Job) -> ObjectRef[Ended]:
+    def send(self, job: Job) -> ObjectRef[Ended]:
         import ray
 
         # Ray's own retries are off, since nothing tells of them.
@@ -88,39 +62,35 @@ class Cluster:
         place: ObjectRef[Ended] = remote.options(name=f"ditc {job.name}").remote(job)
         return place
 
+    def ready(self, places: Sequence[ObjectRef[Ended]]) -> Sequence[ObjectRef[Ended]]:
+        import ray
 
-def _ready(places: Sequence[Any]) -> list[Any]:
-    """Waits for one of them; a signal is heard between two waits."""
-    import ray
+        with heartbeat(f"{len(places)} jobs on the cluster"):
+            while not (ready := ray.wait(places, timeout=HEARD_WITHIN_S)[0]):
+                pass
+        return list(ready)
 
-    with heartbeat(f"{len(places)} jobs on the cluster"):
-        while not (ready := ray.wait(places, timeout=HEARD_WITHIN_S)[0]):
-            pass
-    return list(ready)
+    def ended(self, job: Job, place: ObjectRef[Ended], tries: int) -> Ended | None:
+        import ray
+        from ray.exceptions import LocalRayletDiedError, NodeDiedError, ObjectLostError, RayError, WorkerCrashedError
+        from ray.exceptions import OutOfMemoryError as KilledForMemory
+
+        try:
+            ended: Ended = ray.get(place)
+            return replace(ended, tries=tries)
+        except (WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError, KilledForMemory) as error:
+            reason = last_line(error)
+            if tries < TRIES:
+                logger.warning("%s: its process was lost (%s); it is done again", job.name, reason)
+                return None
+            last = f"what it did last is in {job.log or 'the log of Ray'}"
+            reason = f"its process was lost {tries} times ({reason}); {last}"
+        except RayError as error:  # the work itself raises nothing, so that machine could not even begin it
+            reason = f"a machine of the cluster cannot begin it ({last_line(error)}); install the same release on all"
+        return Ended(job.name, None, EnvironmentLacksError.exit_code, reason, tries=tries)
 
 
 def attempt_there(job: Job) -> Ended:
     """`attempt` in a process of the cluster, whose own log Ray keeps."""
     set_up_logging(False, False)
     return attempt(job)
-
-
-def _ended(job: Job, place: ObjectRef[Ended], tries: int) -> Ended | None:
-    """How it ended; None where its process was lost and it is to be done again, which is said."""
-    import ray
-    from ray.exceptions import LocalRayletDiedError, NodeDiedError, ObjectLostError, RayError, WorkerCrashedError
-    from ray.exceptions import OutOfMemoryError as KilledForMemory
-
-    try:
-        ended: Ended = ray.get(place)
-        return replace(ended, tries=tries)
-    except (WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError, KilledForMemory) as error:
-        reason = last_line(error)
-        if tries < TRIES:
-            logger.warning("%s: its process was lost (%s); it is done again", job.name, reason)
-            return None
-        reason = f"its process was lost {tries} times ({reason}); what it did last is in {job.log or 'the log of Ray'}"
-        return Ended(job.name, None, EnvironmentLacksError.exit_code, reason, tries=tries)
-    except RayError as error:  # the work itself raises nothing, so that machine could not even begin it
-        reason = f"a machine of the cluster cannot begin it ({last_line(error)}); install the same release on all"
-        return Ended(job.name, None, EnvironmentLacksError.exit_code, reason, tries=tries)

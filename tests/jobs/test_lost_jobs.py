@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 
 from export.errors import EnvironmentLacksError
-from pipeline.jobs.jobs import Ended, Job
+from pipeline.jobs.jobs import Job
 from pipeline.jobs.ray_jobs import Cluster, Share, whole_machines
-
-LOST = ("WorkerCrashedError", "NodeDiedError", "ObjectLostError", "LocalRayletDiedError", "OutOfMemoryError")
-
-
-class Ray:
-    """What is asked of the module `ray`. losses: of a job by name, the errors of its first tries, in order."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, list[Exception]] = {}
-        self.sent: list[tuple[str, dict[str, Any]]] = []
-        self.machines: list[dict[str, Any]] = []
-        base = type("RayError", (Exception,), {})
-        self.errors = {"RayError": base, **{name: type(name, (base,), {}) for name in LOST}}
-
-    def remote(self, **options: Any) -> Callable[[Any], Any]:
-        def send(job: Job) -> tuple[Job]:
-            self.sent.append((job.name, options))
-            return (job,)
-
-        return lambda function: SimpleNamespace(options=lambda name: SimpleNamespace(remote=send))
-
-    def wait(self, places: list[tuple[Job]], timeout: float) -> tuple[list[tuple[Job]], list[tuple[Job]]]:
-        return places[:1], places[1:]
-
-    def get(self, place: tuple[Job]) -> Ended:
-        (job,) = place
-        if self.losses.get(job.name):
-            raise self.losses[job.name].pop(0)
-        return Ended(job.name, job.work())
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return self.machines
-
-
-@pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
-    one = Ray()
-    modules: dict[str, dict[str, Any]] = {
-        "ray": {"remote": one.remote, "wait": one.wait, "get": one.get, "nodes": one.nodes},
-        "ray.exceptions": one.errors,
-    }
-    for name, values in modules.items():
-        module = ModuleType(name)
-        vars(module).update(values)
-        monkeypatch.setitem(sys.modules, name, module)
-    return one
+from tests.support.ray_stand_in import LOST, Ray, stand_in  # noqa: F401
 
 
 @pytest.mark.parametrize("name", LOST)
 def test_a_job_whose_process_is_lost_is_done_again(name: str, ray: Ray) -> None:
     ray.losses["first"] = [ray.errors[name]("gone")] * 2
-    jobs = [Job("first", lambda: 1), Job("second", lambda: 2, after="first"), Job("third", lambda: 3, alone=True)]
+    jobs = [
+        Job("first", partial(int, 1)),
+        Job("second", partial(int, 2), after="first"),
+        Job("third", partial(int, 3), alone=True),
+    ]
     ended = {one.name: one for one in Cluster(Share(2))(jobs)}
     assert {name: (one.result, one.tries) for name, one in ended.items()} == {
         "first": (1, 3),
@@ -78,7 +34,7 @@ def test_a_job_whose_process_is_lost_is_done_again(name: str, ray: Ray) -> None:
 
 def test_the_third_loss_is_its_end_and_that_of_what_waits_for_it(ray: Ray, tmp_path: Path) -> None:
     ray.losses["first"] = [ray.errors["WorkerCrashedError"]("killed\nby nobody known")] * 3
-    jobs = [Job("first", lambda: 1, log=tmp_path / "log"), Job("second", lambda: 2, after="first")]
+    jobs = [Job("first", partial(int, 1), log=tmp_path / "log"), Job("second", partial(int, 2), after="first")]
     first, second = Cluster(Share(2))(jobs)
     assert first.exit_code == EnvironmentLacksError.exit_code and first.tries == 3
     assert first.reason.startswith("its process was lost 3 times (") and str(tmp_path / "log") in first.reason
@@ -87,7 +43,7 @@ def test_the_third_loss_is_its_end_and_that_of_what_waits_for_it(ray: Ray, tmp_p
 
 def test_a_machine_that_cannot_begin_is_not_asked_again(ray: Ray) -> None:
     ray.losses["first"] = [ray.errors["RayError"]("No module named 'pipeline'")]
-    [first] = Cluster(Share(2))([Job("first", lambda: 1)])
+    [first] = Cluster(Share(2))([Job("first", partial(int, 1))])
     assert first.tries == 1 and "cannot begin it (No module named 'pipeline')" in first.reason
 
 
