@@ -70,10 +70,10 @@ def row_recipe(row: Row, settings: Sequence[str] = ()) -> Recipe:
     return replace(recipe, model=f"zoo:{row.model}")
 
 
-def calibration_key(recipe: Recipe, model_sha256: str, multipliers: tuple[int, ...]) -> str:
+def calibration_key(recipe: Recipe, model_sha256: str, row: Row) -> str:
     """Hash of all settings that decide the quantized layers."""
     parts = [asdict(getattr(recipe, part)) for part in ("formats", "weights", "calibrate", "sampling")]
-    return sha256_json([*parts, model_sha256, list(multipliers)])[:16]
+    return sha256_json([*parts, model_sha256, list(row.multipliers)])[:16]
 
 
 def calibrated(
@@ -83,7 +83,7 @@ def calibrated(
 
     redo: forget what the folder holds.
     """
-    place = folder / calibration_key(recipe, subject.model.sha256, row.multipliers)
+    place = folder / calibration_key(recipe, subject.model.sha256, row)
     if redo:
         remove(place)
     path, started = place / TIME_FILE, time.monotonic()
@@ -94,7 +94,7 @@ def calibrated(
     finally:
         seconds = before + time.monotonic() - started
         # A run that finds all done adds next to nothing.
-        if place.is_dir() and not math.isclose(seconds, before, abs_tol=0.5):
+        if place.is_dir() and not (path.is_file() and math.isclose(seconds, before, abs_tol=0.5)):
             write_json(path, {"seconds": seconds})
     return layers, seconds / 60
 

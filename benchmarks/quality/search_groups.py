@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", choices=AGAINST, default="real", help="what the distance is measured from")
     parser.add_argument("--count", type=int, default=256, help="pictures of each candidate")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
-    parser.add_argument("-o", "--output-dir", type=Path, default=Path("work/groups"))
+    parser.add_argument("-o", "--output-dir", type=record.whole_path, default="work/groups")
     add_flags(parser, CPUS)
     return parser
 
@@ -86,10 +86,9 @@ def make_score(arguments: argparse.Namespace, method: QDit, candidates: Candidat
         assert method.context.data is not None
         return ProxyScore.of(candidates, method.context.data, int(method.context.options["samples"]))
     name = candidates.source.removeprefix("zoo:")
-    folder = arguments.output_dir.absolute()  # for other processes, which may be in another one
     if arguments.against == "float":  # once, before every process asks for them
-        float_pictures(make_subject(name, arguments.count, arguments.seed), folder)
-    return FrechetScore(candidates, name, arguments.count, arguments.seed, arguments.against, folder)
+        float_pictures(make_subject(name, arguments.count, arguments.seed), arguments.output_dir)
+    return FrechetScore(candidates, name, arguments.count, arguments.seed, arguments.against, arguments.output_dir)
 
 
 @contextmanager
@@ -105,7 +104,7 @@ def make_runner(arguments: argparse.Namespace, workers: int) -> Iterator[Runner]
 
 def run(arguments: argparse.Namespace) -> Json:
     """Search, and write recipe and record; returns the record."""
-    recipe, folder, started = make_recipe(arguments), arguments.output_dir.absolute(), time.monotonic()
+    recipe, folder, started = make_recipe(arguments), arguments.output_dir, time.monotonic()
     method = make_method(recipe, folder)
     options, model = method.context.options, method.context.model
     plans = make_plans(model.linears(), recipe)
