@@ -90,6 +90,11 @@ def parser(module: str, description: str | None, names: Collection[str] = ()) ->
     return script_parser
 
 
+def whole_path(text: str) -> Path:
+    """The type of a flag whose path other processes are told of, which may be in another folder."""
+    return Path(text).absolute()
+
+
 def parsed(script_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What was typed; from then on stderr shows what all packages log."""
     arguments = script_parser.parse_args(argv)

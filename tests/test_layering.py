@@ -101,6 +101,7 @@ ORDER = (
     ("compiler",),
     ("bench", "polygraphy", "verify"),
     ("calibrate",),
+    ("jobs",),
     ("serve",),
     ("text_to_image",),
     ("bundle",),

@@ -6,6 +6,10 @@ already in benchmarks/results/quality_MODEL.json is not measured again, so a sto
 whose method is not there, or fails, are recorded with the reason. `python -m benchmarks.quality.tables` writes the
 tables and plots from the JSON.
 
+Calibrations and rows are jobs of this process, or with `--ray ADDRESS` of a Ray cluster whose machines have this
+checkout, --work-dir and --output-dir at the same paths; a job whose process is lost is done again. Each record says
+on which processor it was measured.
+
 With --model FOLDER a real pipeline is measured by published metrics instead, see `benchmarks/quality/real.py`.
 """
 
@@ -13,25 +17,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
-from collections import Counter
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks import record
-from benchmarks.quality import drawing, metrics
-from benchmarks.quality.drawing import Pictures, Subject, Trajectory
-from benchmarks.quality.engines import calibrated, drawer, refuse_missing_gpu, refuse_missing_modelopt, row_recipe
-from benchmarks.quality.metrics import Array
-from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, outcome, row_key
+from benchmarks.quality import drawing
+from benchmarks.quality.drawing import Subject
+from benchmarks.quality.engines import refuse_missing_gpu, refuse_missing_modelopt, row_recipe
+from benchmarks.quality.measure import judge_pictures, make_base, measured_sensitivity, row_jobs
+from benchmarks.quality.results import FLOAT, MEASURED, UNAVAILABLE, Results, outcome, row_key
 from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
-from benchmarks.quality.sensitivity import sensitivity
 from benchmarks.record import Json
-from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
+from export.errors import EnvironmentLacksError, RecipeError, UserError
 from pipeline import machine
+from pipeline.jobs.flags import add_flags, chosen
+from pipeline.jobs.jobs import Job, Runner
+from pipeline.jobs.once import Once
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger("benchmarks.quality")
@@ -41,97 +42,47 @@ WORK, QUICK_RESULTS = Path("work/quality"), Path("work/quality/quick")
 SENSITIVITY = "sensitivity"
 
 
-@dataclass(frozen=True)
-class Base:
-    """What the rows of one subject are compared with: the float model's pictures, features and steps, and real data."""
-
-    pictures: Pictures
-    features: Array
-    real: Array
-    trajectory: Trajectory
-
-
-def judge_pictures(subject: Subject, base: Base, pictures: Pictures) -> Json:
-    """The measures that any set of pictures has. Raises ContractError for NaN or Inf."""
-    if not np.isfinite(pictures).all():
-        broken = int((~np.isfinite(pictures)).any(axis=(1, 2, 3)).sum())
-        raise ContractError(f"{broken} of {len(pictures)} pictures hold NaN or Inf")
-    features, read = drawing.judged(subject.name, pictures)
-    right = read == subject.labels  # [count, slots]
-    return {
-        "frechet_to_real": asdict(metrics.frechet_estimate(features, base.real)),
-        "frechet_increase": asdict(metrics.frechet_increase(features, base.features, base.real)),
-        "frechet_to_float": asdict(metrics.frechet_between(features, base.features)),
-        "accuracy": asdict(metrics.share_estimate(right.all(1).numpy())),
-        "accuracy_by_slot": right.double().mean(0).tolist(),
-    }
-
-
-def measured_row(
-    subject: Subject, base: Base, row: Row, recipe: Recipe, work: Path, arguments: argparse.Namespace
-) -> Json:
-    """Calibrate, draw and judge one row."""
-    layers, minutes = calibrated(subject, row, recipe, work / "calibrated", arguments.redo)
-    started = time.monotonic()
-    with drawer(subject, layers, recipe, base.trajectory, work / "engine", arguments.target) as engine:
-        pictures = drawing.draw(subject, engine.run, f"{subject.name} {row.name}")
-        steps_db = base.trajectory.errors_db(engine.run)
-    draw_minutes = (time.monotonic() - started) / 60
-    measures = judge_pictures(subject, base, pictures)
-    return {
-        **measures,
-        "psnr_db": asdict(metrics.median_estimate(metrics.psnr_db(pictures, base.pictures))),
-        "ssim": asdict(metrics.median_estimate(metrics.ssim(pictures, base.pictures))),
-        "step_sqnr_db": steps_db,
-        "weight_bytes": sum(layer.size_bytes for layer in layers),
-        "weights": sum(layer.in_features * layer.out_features for layer in layers),
-        # How many layers have which granularity and group size.
-        "group_sizes": Counter(f"{layer.granularity} {layer.group_size or ''}".strip() for layer in layers),
-        "calibration_minutes": minutes,
-        "drawing_minutes": draw_minutes,
-        "drawn_by": engine.name,
-        "proof": engine.proof,
-    }
-
-
-# --- command --------------------------------------------------------------------------------------------------------
-
-
-def run_model(name: str, arguments: argparse.Namespace) -> int:
+def run_model(name: str, arguments: argparse.Namespace, runner: Runner) -> int:
     """All chosen rows of one model; returns how many failed."""
     results = Results(name, arguments.output_dir or (QUICK_RESULTS if arguments.quick else record.RESULTS))
     count = arguments.count or (QUICK_COUNT if arguments.quick else COUNTS[name])
     subject, work = drawing.make_subject(name, count, arguments.seed), arguments.work_dir / name
     results.refuse_others(subject.facts)
-    refuse_missing_gpu(arguments.target)
+    if arguments.ray is None:  # else the machines of the cluster may have one
+        refuse_missing_gpu(arguments.target)
     tables = wanted_tables(name, arguments)
     rows = rows_of(name, [table for table in tables if table != SENSITIVITY], arguments.rows or ["*"])
     pending = available(subject, rows, results, arguments)
     if arguments.list:
         return 0
-    pictures = drawing.float_pictures(subject, work)
-    features, _ = drawing.judged(subject.name, pictures)
-    base = Base(pictures, features, drawing.real_features(subject.name), drawing.float_trajectory(subject))
+    drawing.float_pictures(subject, work)  # once, before every process asks for them
+    shared = Once(partial(make_base, name, count, arguments.seed, work))
     key = row_key(subject.facts, None, ())
     if not results.has(FLOAT, key):  # its bytes are those of the same linears in fp16
         weights = sum(ref.module.weight.numel() for ref in subject.model.linears())
-        measures = judge_pictures(subject, base, pictures) | {"weight_bytes": 2 * weights, "weights": weights}
+        size = {"weight_bytes": 2 * weights, "weights": weights}
+        measures = judge_pictures(shared(), shared().pictures) | size
         results.add(FLOAT, {"status": MEASURED, "key": key, **measures}, subject.facts)
-    failed = 0
-    for position, (row, recipe) in enumerate(pending, 1):
-        started = time.monotonic()
+    records: dict[str, Json] = {}
+    for row, recipe in pending:
         stated: Json = {"recipe": row.recipe, "settings": list(row.settings), "multipliers": list(row.multipliers)}
         stated |= {"key": row_key(subject.facts, recipe, row.multipliers, row.algorithm)}
         if row.algorithm is not None:
             stated |= {"algorithm": dict(row.algorithm), "modelopt": machine.tool_version("modelopt")}
-        measure = partial(measured_row, subject, base, row, recipe, work, arguments)
-        measured = outcome(f"{name} {row.name}", stated, measure)
-        results.add(row.name, measured, subject.facts)
-        failed += measured["status"] == FAILED
-        summary = (name, position, len(pending), row.name, row_summary(measured), time.monotonic() - started)
-        logger.info("%s %d of %d, %s: %s; %.0f s", *summary)
+        records[row.name] = stated
+    jobs = row_jobs(pending, shared, subject.model.sha256, work, arguments.target, arguments.redo)
     if SENSITIVITY in tables:
-        results.put(SENSITIVITY, sensitivity(subject, base.trajectory), subject.facts)
+        jobs.append(Job(SENSITIVITY, partial(measured_sensitivity, shared)))
+    position = failed = 0
+    for ended in runner(jobs):
+        if ended.name in records:
+            position, measured = position + 1, records[ended.name] | outcome(ended)
+            results.add(ended.name, measured, subject.facts)
+            summary = (name, position, len(pending), ended.name, row_summary(measured), ended.seconds)
+            logger.info("%s %d of %d, %s: %s; %.0f s", *summary)
+        elif ended.name == SENSITIVITY and ended.passed:
+            results.put(SENSITIVITY, ended.result, subject.facts)
+        failed += not ended.passed and ended.name in (*records, SENSITIVITY)  # rows fail with their calibration
     print(results.path)
     return failed
 
@@ -200,14 +151,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", choices=["cpu", "cuda"], default="cpu", help="whose engine draws (cuda: on a GPU)")
     parser.add_argument("--redo", action="store_true", help="measure the chosen rows again")
     parser.add_argument("--list", action="store_true", help="say which rows are measured, and measure nothing")
-    parser.add_argument("--work-dir", type=Path, default=WORK, help="checkpoints and float pictures are kept here")
-    parser.add_argument("--output-dir", type=Path, help=f"default: {record.RESULTS}")
+    parser.add_argument(
+        "--work-dir", type=record.whole_path, default=str(WORK), help="checkpoints and float pictures are kept here"
+    )
+    parser.add_argument("--output-dir", type=record.whole_path, help=f"default: {record.RESULTS}")
+    add_flags(parser)
     real = parser.add_argument_group("a real pipeline by published metrics (needs --rows and --count)")
     real.add_argument("--model", metavar="ID_OR_DIR", help="diffusers pipeline with text encoder and VAE")
     real.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt on each line; class names for DiT")
     real.add_argument("--metric", action="append", choices=["fid", "clip", "image_reward", "hpsv2"])
-    real.add_argument("--real-pictures", type=Path, metavar="DIR", help="for fid")
-    real.add_argument("--scorer-python", type=Path, metavar="FILE", help="for image_reward and hpsv2")
+    real.add_argument("--real-pictures", type=record.whole_path, metavar="DIR", help="for fid")
+    real.add_argument("--scorer-python", type=record.whole_path, metavar="FILE", help="for image_reward and hpsv2")
     real.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="draws and scores; auto: a GPU "
                       "where torch has one")  # fmt: skip
     return parser
@@ -223,11 +177,12 @@ def main() -> int:
     if not 0 <= arguments.count <= drawing.LABELS:
         parser.error(f"--count {arguments.count}: use 1 to {drawing.LABELS}")
     try:
-        if arguments.model:
-            from benchmarks.quality.real import run_real
+        with chosen(arguments, "measuring quality") as runner:
+            if arguments.model:
+                from benchmarks.quality.real import run_real
 
-            return min(run_real(arguments), 1)
-        return min(sum(run_model(name, arguments) for name in arguments.names), 1)
+                return min(run_real(arguments, runner), 1)
+            return min(sum(run_model(name, arguments, runner) for name in arguments.names), 1)
     except UserError as error:
         logger.error("error: %s", error)
         return error.exit_code

@@ -23,7 +23,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from PIL import Image
 from benchmarks import record
 from benchmarks.quality.metrics import median_estimate, psnr_db, ssim
 from benchmarks.quality.real_metrics import METRICS, Pictures, read_picture
-from benchmarks.quality.results import FAILED, FLOAT, MEASURED, Results, outcome, row_key
+from benchmarks.quality.results import FLOAT, MEASURED, Results, outcome, row_key, stamp
 from benchmarks.quality.rows import Row, rows_of
 from benchmarks.record import Json
 from export.errors import EnvironmentLacksError, RecipeError
@@ -48,6 +48,8 @@ from pipeline.generate import pipeline_folder
 from pipeline.generate.diffusers_adapter import EngineTransformer
 from pipeline.generate.latent import find_pipeline
 from pipeline.generate.pipeline_folder import pipeline_arguments
+from pipeline.jobs.jobs import Job, Runner, in_turn
+from pipeline.jobs.once import Once
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 
@@ -65,43 +67,49 @@ FAMILY_ROWS = {
 class Real:
     """A real pipeline and what all of its rows have in common. facts: what decides the pictures of one denoiser."""
 
-    pipe: DiffusionPipeline
+    root: Path
     model: LoadedModel
     prompts: list[str]
     arguments: argparse.Namespace
     facts: Json
     work: Path
 
+    @cached_property
+    def pipe(self) -> DiffusionPipeline:
+        return DiffusionPipeline.from_pretrained(self.root, local_files_only=True)
+
     def pictures(self, name: str, key: str) -> Path:
         """The folder of a row's pictures."""
         return self.work / f"{name}-{key}"
 
 
-def run_real(arguments: argparse.Namespace) -> int:
+def make_real(root: Path, prompts: list[str], arguments: argparse.Namespace) -> Real:
+    """Of the pipeline at `root`."""
+    model, work = load(str(root)), arguments.work_dir / f"real_{root.name}"
+    return Real(root, model, prompts, arguments, facts(model, prompts, arguments), work)
+
+
+def run_real(arguments: argparse.Namespace, runner: Runner = in_turn) -> int:
     """Measure the chosen rows of a real pipeline; returns how many failed. Raises UserError for what is missing."""
-    root = Path(find_pipeline(arguments.model))
+    root = Path(find_pipeline(arguments.model)).absolute()
     prompts, arguments.device = read_prompts(arguments), chosen_device(arguments.device)
     refuse_missing(root, arguments)
-    model = load(str(root))
-    rows = [
-        (row, replace(with_set(row.recipe, arguments, row.settings), model=arguments.model))
-        for row in real_rows(model, arguments)
-    ]
-    results = Results(f"real_{root.name}", arguments.output_dir or record.RESULTS)
-    subject = facts(model, prompts, arguments)
-    results.refuse_others(subject)
-    pipe = DiffusionPipeline.from_pretrained(root, local_files_only=True)
-    real = Real(pipe, model, prompts, arguments, subject, arguments.work_dir / results.model)
-    key = row_key(subject, None, ())
-    base = stored_pictures(real, FLOAT, key, denoiser(model), family_recipe(model, arguments))
-    results.add(FLOAT, scored(real, results, FLOAT, key, base), subject)
+    shared = Once(partial(make_real, root, prompts, arguments))
+    real = shared()
+    rows = {
+        row.name: (row, replace(with_set(row.recipe, arguments, row.settings), model=arguments.model))
+        for row in real_rows(real.model, arguments)
+    }
+    results = Results(real.work.name, arguments.output_dir or record.RESULTS)
+    results.refuse_others(real.facts)
+    results.add(FLOAT, scored(real, results, FLOAT, row_key(real.facts, None, ()), float_pictures(real)), real.facts)
+    jobs = [Job(name, partial(measured_row, shared, results, row, recipe)) for name, (row, recipe) in rows.items()]
     failed = 0
-    for row, recipe in rows:
-        key = row_key(subject, recipe, row.multipliers)
-        stated = {"settings": list(row.settings), "key": key}
-        measured = outcome(row.name, stated, partial(measured_row, real, results, row, recipe, key, base))
-        results.add(row.name, measured, subject)
-        failed += measured["status"] == FAILED
+    for ended in runner(jobs):
+        row, recipe = rows[ended.name]
+        stated = {"settings": list(row.settings), "key": row_key(real.facts, recipe, row.multipliers)}
+        results.add(ended.name, stated | outcome(ended), real.facts)
+        failed += not ended.passed
     print(results.path)
     return failed
 
@@ -172,8 +180,10 @@ def facts(model: LoadedModel, prompts: list[str], arguments: argparse.Namespace)
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def measured_row(real: Real, results: Results, row: Row, recipe: Recipe, key: str, base: Pictures) -> Json:
+def measured_row(shared: Once[Real], results: Results, row: Row, recipe: Recipe) -> Json:
     """A row's numbers, with the size of its weights; --redo calibrates and draws anew."""
+    real = shared()
+    key = row_key(real.facts, recipe, row.multipliers)
     calibrated = real.work / "calibrated" / key
     if real.arguments.redo:
         remove(real.pictures(row.name, key))
@@ -182,7 +192,7 @@ def measured_row(real: Real, results: Results, row: Row, recipe: Recipe, key: st
     module = fake_quant(real.model, layers, torch.float32, recipe.attention.formats)
     pictures = stored_pictures(real, row.name, key, module, recipe)
     size = {"weight_bytes": sum(layer.size_bytes for layer in layers)}
-    return size | scored(real, results, row.name, key, pictures, base)
+    return size | scored(real, results, row.name, key, pictures, float_pictures(real)) | stamp()
 
 
 def scored(real: Real, results: Results, name: str, key: str, pictures: Pictures, base: Pictures | None = None) -> Json:
@@ -202,6 +212,12 @@ def scored(real: Real, results: Results, name: str, key: str, pictures: Pictures
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def float_pictures(real: Real) -> Pictures:
+    """What all rows are compared with."""
+    key = row_key(real.facts, None, ())
+    return stored_pictures(real, FLOAT, key, denoiser(real.model), family_recipe(real.model, real.arguments))
 
 
 def stored_pictures(real: Real, name: str, key: str, module: torch.nn.Module, recipe: Recipe) -> Pictures:

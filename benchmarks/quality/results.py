@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from benchmarks.record import Json
 from export.errors import RecipeError
 from pipeline import machine
 from pipeline.files import sha256_json
+from pipeline.jobs.jobs import Ended
 from pipeline.recipe import Recipe
-
-logger = logging.getLogger(__name__)
 
 FLOAT = "float"
 # What a record may say of its row.
@@ -57,10 +55,10 @@ class Results:
         return row.get("status") == MEASURED and row.get("key") == key
 
     def add(self, name: str, row: Mapping[str, object], subject: Mapping[str, object]) -> None:
-        """Put in one row's record; what else stands in the file stays."""
+        """Put in one row's record, with this process's stamp unless it has one; what else stands in the file stays."""
         document = self.read()
-        stamp = {"cpu": machine.cpu_name(), "commit": record.commit(), "code_sha256": machine.code_version()}
-        document["rows"][name] = {**row, **stamp}
+        missing = {key: value for key, value in stamp().items() if key not in row}
+        document["rows"][name] = {**row, **missing}
         self._write(document, subject)
 
     def put(self, part: str, value: object, subject: Mapping[str, object]) -> None:
@@ -89,11 +87,12 @@ def row_key(
     return sha256_json([subject, parts, list(multipliers)])[:16]
 
 
-def outcome(name: str, stated: Json, measure: Callable[[], Json]) -> Json:
-    """A row's record: what is stated of it, and what `measure` gives, or why it failed: a table with a hole says what
-    is in it, and no row stops another."""
-    try:
-        return stated | {"status": MEASURED} | measure()
-    except Exception as error:
-        logger.exception("%s failed", name)
-        return stated | {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+def outcome(ended: Ended) -> Json:
+    """What a record says of how the row's job ended: its numbers, or why it failed. A table with a hole says what is in
+    it, and no row stops another."""
+    return {"status": MEASURED} | ended.result if ended.passed else {"status": FAILED, "reason": ended.reason}
+
+
+def stamp() -> Json:
+    """The processor and the code of this process, which a record of what it measures bears."""
+    return {"cpu": machine.cpu_name(), "commit": record.commit(), "code_sha256": machine.code_version()}

@@ -6,6 +6,9 @@ few pictures: both sets share noise and prompts). `--fitness proxy` scores by th
 `--set calibrate.options.search=proxy` does in a build. Everything else is an option of the method "qdit", such as
 `--set calibrate.options.population=50`, or candidates=nearest to round to nearest while searching, as the authors do.
 
+A generation's candidates are jobs: of this process, of as many as `--set calibrate.options.workers=N` says, or with
+`--ray ADDRESS` of a Ray cluster whose machines have this checkout and DIR at the same paths. The numbers are the same.
+
 Writes DIR/scores.json while it goes (a stopped run goes on), DIR/NAME.toml, a recipe with the sizes that were found
 (`python -m pipeline.build --engine DIR/NAME.toml`), and DIR/search_groups.json with the cost of the sizes that were
 found and of the recipe's own, and the settings that give them to any other recipe of the model, as `--set` takes them
@@ -15,68 +18,38 @@ found and of the recipe's own, and the settings that give them to any other reci
 from __future__ import annotations
 
 import argparse
+import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from benchmarks import record
-from benchmarks.quality.drawing import draw, float_pictures, judged, make_subject, real_features
-from benchmarks.quality.metrics import frechet, gaussian
+from benchmarks.quality.drawing import float_pictures, make_subject
+from benchmarks.quality.frechet_score import FrechetScore
 from benchmarks.record import Json
-from export.errors import RecipeError
+from export.errors import RecipeError, UserError
 from export.models import load as models
 from pipeline import recipe as recipes
-from pipeline.backends.reference import ReferenceEngine
-from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.calibrate.data import calibration_data
-from pipeline.calibrate.groups.candidates import CandidateModels, Candidates, scored_keys
+from pipeline.calibrate.groups.candidates import Candidates, scored_keys
 from pipeline.calibrate.groups.proxy import ProxyScore
-from pipeline.calibrate.groups.search import Individual, SearchOutcome, Space, search
+from pipeline.calibrate.groups.search import SearchOutcome, Space, search
 from pipeline.calibrate.groups.space import layer_sizes, to_text
 from pipeline.calibrate.method import Context
-from pipeline.calibrate.methods.qdit import QDit, search_settings
+from pipeline.calibrate.methods.qdit import QDit, search_settings, search_workers
 from pipeline.calibrate.plan import make_plans
 from pipeline.files import sha256_json
+from pipeline.jobs.flags import add_flags, chosen
+from pipeline.jobs.jobs import Runner
+from pipeline.jobs.processes import in_processes
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe
 
+logger = logging.getLogger("benchmarks.quality")
 AGAINST = ("real", "float")
-
-
-@dataclass(frozen=True)
-class FrechetScore:
-    """Makes the score, once in every process: `count` pictures of the bundled model `name`."""
-
-    candidates: Candidates
-    name: str
-    count: int
-    seed: int
-    against: str
-    folder: Path
-
-    @property
-    def origin(self) -> Json:
-        """What the scores depend on beside the candidates."""
-        return {"score": f"frechet from {self.against}", "count": self.count, "seed": self.seed}
-
-    def __call__(self) -> Callable[[Individual], float]:
-        subject = make_subject(self.name, self.count, self.seed)
-        models = CandidateModels(replace(self.candidates, model=subject.model))
-        if self.against == "real":
-            goal = gaussian(real_features(self.name))
-        else:
-            goal = gaussian(judged(self.name, float_pictures(subject, self.folder))[0])
-
-        def score(individual: Individual) -> float:
-            engine = ReferenceEngine(models.module(individual), torch.float32)
-            # sums of float32 depend on how many threads share them, and scores must not
-            with single_threaded_torch():
-                return frechet(gaussian(judged(self.name, draw(subject, engine.run, "candidate"))[0]), goal)
-
-        return score
+CPUS = 1  # of a candidate, which one thread scores
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,7 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", choices=AGAINST, default="real", help="what the distance is measured from")
     parser.add_argument("--count", type=int, default=256, help="pictures of each candidate")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
-    parser.add_argument("-o", "--output-dir", type=Path, default=Path("work/groups"))
+    parser.add_argument("-o", "--output-dir", type=record.whole_path, default="work/groups")
+    add_flags(parser, CPUS)
     return parser
 
 
@@ -117,6 +91,17 @@ def make_score(arguments: argparse.Namespace, method: QDit, candidates: Candidat
     return FrechetScore(candidates, name, arguments.count, arguments.seed, arguments.against, arguments.output_dir)
 
 
+@contextmanager
+def make_runner(arguments: argparse.Namespace, workers: int) -> Iterator[Runner]:
+    """What scores candidates. Raises RecipeError for a cluster and processes of this machine together."""
+    if arguments.ray is not None and workers > 1:
+        raise RecipeError(
+            f"calibrate.options.workers={workers} with --ray, whose processes do the search; leave one out"
+        )
+    with chosen(arguments, "a group search", CPUS) as runner, in_processes(workers) as own:
+        yield own if arguments.ray is None else runner
+
+
 def run(arguments: argparse.Namespace) -> Json:
     """Search, and write recipe and record; returns the record."""
     recipe, folder, started = make_recipe(arguments), arguments.output_dir, time.monotonic()
@@ -126,10 +111,10 @@ def run(arguments: argparse.Namespace) -> Json:
     space, settings = method.space(plans), search_settings(options, method.context.seed)
     keys = scored_keys(recipe)
     layers = folder / sha256_json([keys, model.sha256])[:12]
-    candidates = method.candidates(plans, space, layers).for_workers(settings.workers)
-    score = make_score(arguments, method, candidates)
-    origin = {**score.origin, "model_sha256": model.sha256, **keys}
-    outcome = search(space, settings, score, folder / "scores.json", origin)
+    with make_runner(arguments, search_workers(options)) as runner:
+        score = make_score(arguments, method, method.candidates(plans, space, layers))
+        origin = {**score.origin, "model_sha256": model.sha256, **keys}
+        outcome = search(space, settings, score, folder / "scores.json", origin, runner)
     sizes = layer_sizes(plans, str(options["genes"]), space, outcome.best)
     building = replace(recipe.calibrate, options=recipe.calibrate.options | {"group_sizes": to_text(sizes)})
     searched = replace(recipe, name=f"{recipe.name}_searched", calibrate=building)
@@ -159,14 +144,19 @@ def describe(space: Space, outcome: SearchOutcome, origin: Json, sizes: list[int
     }
 
 
-def main() -> None:
+def main() -> int:
     arguments = record.parsed(make_parser())
-    document = run(arguments)
+    try:
+        document = run(arguments)
+    except UserError as error:
+        logger.error("error: %s", error)
+        return error.exit_code
     unsearched = document["unsearched_cost"]
     print(f"{document['cost']:.4f} with {document['group_sizes']}, {document['size_bytes']:,} bytes")
     print(f"{'not scored' if unsearched is None else format(unsearched, '.4f')} with the recipe's own group size")
     print(" ".join(f"--set '{setting}'" for setting in document["settings"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -16,16 +16,16 @@ from pipeline import machine
 from pipeline.bundle.stages import SAVED
 from pipeline.command import Answer, Parser, Table, parser, run
 from pipeline.files import locked, refuse_unwritable, remove
+from pipeline.jobs.flags import add_flags, chosen
+from pipeline.jobs.jobs import Runner
 from pipeline.progress import track
 from pipeline.signals import leave
 from pipeline.sweep import results
-from pipeline.sweep.jobs import Runner, in_turn
 from pipeline.sweep.plan import Build, read_sweep
 from pipeline.sweep.work import STATE, WRITTEN, Checked, Place, check_jobs, remove_fragments, work_jobs
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Build every combination of a TOML file's recipes, models, methods and options, and compare the bundles."
-MOST_UNITS = 1000  # processors or GPUs of a job
 
 
 def make_parser() -> Parser:
@@ -36,13 +36,7 @@ def make_parser() -> Parser:
     flags.add_argument(
         "--calibrations", type=Path, metavar="DIR", help="layers that sweeps share (default: calibrations/ in theirs)"
     )
-    text = "do the jobs on the Ray cluster at HOST:PORT, or auto for the one that this machine is part of"
-    flags.add_argument("--ray", metavar="ADDRESS", help=text)
-    text = "with --ray: processors that each takes (default: all of the smallest machine, to measure undisturbed)"
-    flags.add_argument("--cpus-per-job", type=int, metavar="N", help=text)
-    flags.add_argument(
-        "--gpus-per-job", type=float, metavar="X", help="with --ray: that each takes, 0.5 for a half (default: 0)"
-    )
+    add_flags(flags)
     text = "go on with a sweep: what is built stays, what failed or was interrupted is done again"
     flags.add_argument("--resume", action="store_true", help=text)
     flags.add_argument("--force", action="store_true", help="replace all of an existing sweep")
@@ -58,7 +52,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     _refuse_occupied(place.folder, args.resume, args.force)
     _refuse_calibrations(place)
     builds = read_sweep(args.sweep)
-    with _runner(args) as runner:
+    with chosen(args, "a sweep") as runner:
         if args.resume and not args.dry_run:
             remove_fragments(place)
         checked = _checked(builds, place, runner, args.force)
@@ -99,27 +93,6 @@ def _refuse_calibrations(place: Place) -> None:
     own, layers = (path.resolve() for path in (place.folder, place.calibrations))
     if layers.is_relative_to(own) and layers != own / "calibrations":
         raise RecipeError(f"--calibrations {place.calibrations} is in the sweep's own folder; leave it out for its own")
-
-
-@contextmanager
-def _runner(args: argparse.Namespace) -> Iterator[Runner]:
-    """What does the jobs. Raises RecipeError for flags that do not go together."""
-    if args.ray is None:
-        if flags := [name for name in ("cpus_per_job", "gpus_per_job") if getattr(args, name) is not None]:
-            raise RecipeError(f"--{flags[0].replace('_', '-')} without --ray; this process does one job at a time")
-        yield in_turn
-        return
-    gpus = args.gpus_per_job or 0.0
-    if args.cpus_per_job is not None and not 1 <= args.cpus_per_job <= MOST_UNITS:
-        raise RecipeError(f"--cpus-per-job {args.cpus_per_job}; use 1 to {MOST_UNITS}")
-    if not (0 <= gpus <= MOST_UNITS and (gpus <= 1 or gpus.is_integer())):
-        raise RecipeError(f"--gpus-per-job {gpus:g}; use 0, a part of one as 0.5, or a whole number")
-    machine.require(("ray",), "a sweep with --ray", "ray")
-    from pipeline.serve.cluster import joined
-    from pipeline.sweep.ray_jobs import Cluster, whole_machines
-
-    with joined(args.ray):
-        yield Cluster(whole_machines(args.cpus_per_job, gpus))
 
 
 def _checked(builds: list[Build], place: Place, runner: Runner, anew: bool) -> dict[str, Checked]:

@@ -14,7 +14,7 @@ from pipeline.backends import tool_versions
 from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.command import Table
 from pipeline.files import write_json
-from pipeline.sweep.jobs import Ended
+from pipeline.jobs.jobs import Ended
 from pipeline.sweep.plan import Build
 from pipeline.sweep.work import STATE, Checked, Place
 from pipeline.verify.record import SPEED, Number, Record, rejected_gates, stored_record

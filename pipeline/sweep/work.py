@@ -25,8 +25,8 @@ from pipeline.calibrate import calibrate, origin
 from pipeline.compile_pipeline import is_same
 from pipeline.compiler import PARTIAL, BuildRequest, Prepared, compile_prepared, prepare
 from pipeline.files import HeldError, is_bundle, locked, remove, sha256_json
+from pipeline.jobs.jobs import Job
 from pipeline.signals import HEARD_WITHIN_S
-from pipeline.sweep.jobs import Job
 from pipeline.sweep.plan import Build
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import record
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import drawing
+from benchmarks.quality import drawing, measure
 from benchmarks.quality import engines as quality_engines
 from benchmarks.quality import metrics as quality_metrics
 from benchmarks.quality import sensitivity as quality_sensitivity
@@ -32,7 +32,7 @@ from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Res
 from benchmarks.quality.rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
 from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export import checkpoint
-from export.errors import EnvironmentLacksError, RecipeError
+from export.errors import EnvironmentLacksError, ModelError, RecipeError
 from pipeline import machine
 from pipeline.backends.cuda import CudaOptions
 from pipeline.bench.measure import Timing
@@ -40,6 +40,7 @@ from pipeline.calibrate.modelopt import take_over as modelopt_take_over
 from pipeline.calibrate.modelopt.backend import quant_config
 from pipeline.recipe import Attention
 from pipeline.verify.report import Gate
+from tests.support.ray_stand_in import stand_in  # noqa: F401
 
 pytestmark = pytest.mark.torch
 
@@ -324,7 +325,7 @@ def test_a_row_is_measured_once_proven_and_kept(command, monkeypatch):
     def fail(*_):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(quality, "measured_row", fail)
+    monkeypatch.setattr(measure, "measured_row", fail)
     assert command("--rows", "rtn-fp-channel-w4a8") == (0, rows)
 
 
@@ -367,13 +368,13 @@ def test_a_gpu_that_is_not_there_is_missed_before_work(command, monkeypatch, cap
 
 
 def test_rows_that_fail_or_are_not_there_are_recorded(command, monkeypatch):
-    monkeypatch.setattr(quality, "measured_row", lambda *_: (_ for _ in ()).throw(ValueError("no luck")))
+    monkeypatch.setattr(measure, "measured_row", lambda *_: (_ for _ in ()).throw(ValueError("no luck")))
     strange = Row("magic-w4a6", "dit_mini", "dit_w4a8", ("method=magic",))
     usual = rows_of("dit_mini", patterns=["rtn-int-channel-w4a4"])
     monkeypatch.setattr(quality, "rows_of", lambda *_: [strange, *usual])
     code, rows = command("--rows", "*")
     assert code == 1 and rows["rtn-int-channel-w4a4"]["status"] == FAILED
-    assert rows["rtn-int-channel-w4a4"]["reason"] == "ValueError: no luck"
+    assert rows["rtn-int-channel-w4a4"]["reason"] == "internal error, ValueError: no luck"
     assert rows["magic-w4a6"]["status"] == UNAVAILABLE and "'magic' is not available" in rows["magic-w4a6"]["reason"]
 
 
@@ -383,6 +384,55 @@ def test_a_row_of_modelopt_is_not_there_without_it(command, monkeypatch):
     row = rows["modelopt-max-exact64-w4a6"]
     assert code == 0 and row["status"] == UNAVAILABLE
     assert row["reason"].endswith("needs modelopt; install with: pip install 'ditc[modelopt]'")
+
+
+SHARING = ["rtn-fp-exact64-w4a6", "rtn-fp-exact64-attention-*-w4a6", "rtn-[fi]*-channel-w4a4"]
+
+
+def test_rows_of_equal_layers_wait_for_one_calibration(tmp_path):
+    rows = [(row, quality_engines.row_recipe(row)) for row in rows_of("dit_mini", patterns=SHARING)]
+    jobs = {job.name: job for job in measure.row_jobs(rows, None, "sha256", tmp_path, "cpu", False)}
+    names = [row.name for row, _ in rows]
+    before = [jobs[name].after for name in names]
+    assert len(jobs) == len(names) + len(set(before)) and len(names) == 6 and len(set(before)) == 3
+    assert list(jobs).index(before[0]) == 0 and jobs[before[0]].after is None
+
+
+def no_layers(shared, row, recipe, work, redo):
+    if "channel-w4a8" in row.name:
+        raise ModelError("no layers")
+
+
+def made_up(shared, row, recipe, work, target):
+    """A row's numbers, for speed, as another machine measured them."""
+    if "-int-" in row.name:
+        raise ValueError("no luck")
+    assert work.is_absolute()
+    numbers = {name: {"value": float(len(row.settings))} for name in ("frechet_increase", "psnr_db", "accuracy")}
+    return numbers | {"drawn_by": target, "calibration_minutes": 0.0, "cpu": "another one"}
+
+
+def test_a_cluster_records_what_this_process_records(command, monkeypatch, ray):
+    """A row whose process is lost too, and those that fail, by themselves or with their calibration."""
+    monkeypatch.setattr(measure, "calibrate_row", no_layers)
+    monkeypatch.setattr(measure, "measured_row", made_up)
+    words = ["--rows", "rtn-[fi]*-channel-w4a[46]", "--rows", "rtn-fp-channel-w4a8"]
+    code, rows = command(*words)
+    ray.machines = [{"Alive": True, "Resources": {"CPU": 8.0}}]
+    ray.losses["rtn-fp-channel-w4a6"] = [ray.errors["WorkerCrashedError"]("gone")]
+    assert command(*words, "--redo", "--ray", "head:6379") == (code, rows) == (1, rows)
+    assert {name: row["status"] for name, row in rows.items()} == {
+        FLOAT: MEASURED,
+        "rtn-int-channel-w4a6": FAILED,
+        "rtn-int-channel-w4a4": FAILED,
+        "rtn-fp-channel-w4a8": FAILED,
+        "rtn-fp-channel-w4a6": MEASURED,
+        "rtn-fp-channel-w4a4": MEASURED,
+    }
+    assert rows["rtn-fp-channel-w4a8"]["reason"] == "calibration of rtn-fp-channel-w4a8: no layers"
+    assert rows["rtn-fp-channel-w4a6"]["cpu"] == "another one" != rows[FLOAT]["cpu"], "where it was measured"
+    assert [name for name, _ in ray.sent].count("rtn-fp-channel-w4a6") == 2 and ray.joined == ["head:6379"]
+    assert {options["num_cpus"] for _, options in ray.sent} == {8}, "a row has a machine for itself"
 
 
 def test_rows_of_other_pictures_are_not_mixed_in(command, caplog):

@@ -131,7 +131,7 @@ def test_a_row_that_fails_is_recorded_and_stops_no_other(root, monkeypatch, scor
     both = ["rtn-int-channel-w4a8", "rtn-fp-channel-w4a8"]
     assert quality_real.run_real(arguments(root, rows=both)) == 1
     rows = rows_of(root)
-    assert rows[both[0]]["status"] == "failed" and rows[both[0]]["reason"] == "ValueError: no luck"
+    assert rows[both[0]]["status"] == "failed" and rows[both[0]]["reason"] == "internal error, ValueError: no luck"
     assert rows[both[1]]["status"] == "measured"
 
 

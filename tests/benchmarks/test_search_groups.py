@@ -20,6 +20,7 @@ from pipeline.backends.reference import ReferenceEngine, fake_quant
 from pipeline.calibrate.groups.candidates import nearest_layer
 from pipeline.calibrate.groups.space import from_text
 from pipeline.calibrate.plan import make_plans
+from tests.support.ray_stand_in import stand_in  # noqa: F401
 
 pytestmark = pytest.mark.torch
 
@@ -81,20 +82,17 @@ def test_what_is_found_is_a_recipe_that_builds_with_it(fitness, tmp_path):
 def test_a_stopped_search_goes_on_with_its_scores(tmp_path, monkeypatch):
     """Also where more is asked for than before. Scores are made up here, for speed."""
 
-    class Stop(Exception):
-        pass
-
     asked = []
 
     def score(individual):
         if len(asked) == 2:
-            raise Stop
+            raise KeyboardInterrupt
         asked.append(individual)
         return float(sum(individual))
 
     monkeypatch.setattr(search_groups.FrechetScore, "__call__", lambda _: score)
     nearest = ["--set", "calibrate.options.candidates=nearest"]
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         search_groups.run(arguments(tmp_path, *nearest))
     kept = json.loads((tmp_path / "scores.json").read_text())
     first = list(asked)
@@ -103,6 +101,32 @@ def test_a_stopped_search_goes_on_with_its_scores(tmp_path, monkeypatch):
     document = search_groups.run(arguments(tmp_path, *nearest, *more))
     assert len(first) == 2 and not set(first) & set(asked) and document["scored"] == len(first) + len(asked) > 2
     assert kept["costs"].items() < json.loads((tmp_path / "scores.json").read_text())["costs"].items()
+
+
+def test_a_cluster_finds_what_this_process_finds(tmp_path, monkeypatch, ray):
+    """Also where a candidate's process is lost. Scores are made up here, for speed."""
+    models = []
+
+    def make_score(own):
+        models.append(own.candidates.model)
+        return lambda individual: float(sum(individual))
+
+    monkeypatch.setattr(search_groups.FrechetScore, "__call__", make_score)
+    nearest = ["--set", "calibrate.options.candidates=nearest", "--set", "calibrate.options.generations=2"]
+    here = search_groups.run(arguments(tmp_path / "here", *nearest))
+    ray.machines = [{"Alive": True, "Resources": {"CPU": 8.0}}]
+    ray.losses["group search 1/2, 2"] = [ray.errors["WorkerCrashedError"]("gone")]
+    there = search_groups.run(arguments(tmp_path / "there", *nearest, "--ray", "head:6379"))
+    assert {**there, "seconds": 0} == {**here, "seconds": 0}
+    scores = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("here", "there")]
+    assert scores[0] == scores[1] and ray.joined == ["head:6379"]
+    assert [name for name, _ in ray.sent].count("group search 1/2, 2") == 2
+    assert {options["num_cpus"] for _, options in ray.sent} == {1}, "a candidate is scored by one thread"
+    assert [model is None for model in models] == [False, True], (
+        "each process makes the score once; models do not travel"
+    )
+    with pytest.raises(RecipeError, match="workers=2 with --ray"):
+        search_groups.run(arguments(tmp_path / "both", "--set", "calibrate.options.workers=2", "--ray", "head:6379"))
 
 
 def test_a_model_without_judge_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.errors import RecipeError
+from export.errors import ModelError, RecipeError, UserError
 from pipeline.calibrate.groups.search import (
     Gene,
     Scores,
@@ -23,6 +23,7 @@ from pipeline.calibrate.groups.search import (
 from pipeline.calibrate.groups.space import from_text, layer_sizes, make_space, to_text, with_sizes
 from pipeline.calibrate.methods.rtn import quantize_linear
 from pipeline.calibrate.plan import make_plans
+from pipeline.jobs.processes import in_processes
 from tests.calibrate.test_calibrate import make_model, make_recipe
 
 SIZES = (32, 64, 128)
@@ -39,6 +40,15 @@ def make_score():
 
 SPACE = Space(make_genes(), sum(gene.size_bytes[1] for gene in make_genes()))
 SMALL = SearchSettings(generations=6, population=12, seed=1)
+
+
+# What a search of 3 generations of 4 asks, in this order: as it did before its individuals were jobs.
+FEW = SearchSettings(generations=3, population=4, seed=1)
+ASKED = [
+    *((64, 64, 64, 64), (128, 128, 128, 128), (64, 64, 128, 128), (32, 32, 128, 128)),
+    *((64, 32, 128, 128), (32, 64, 64, 128), (128, 32, 128, 128), (32, 128, 128, 128)),
+    *((64, 64, 64, 128), (32, 128, 64, 64), (128, 64, 64, 64), (128, 64, 128, 128)),
+]
 
 
 def best_by_trying_all(space, score):
@@ -121,12 +131,42 @@ def test_scores_of_another_origin_are_not_used(tmp_path):
     assert again.asked
 
 
+def test_the_way_of_a_search_is_decided_by_seed_and_scores_alone(tmp_path):
+    """So scores that another release has kept lead the same way."""
+    counting = Counting()
+    search(SPACE, FEW, counting, tmp_path / "scores.json", {})
+    assert counting.asked == ASKED
+    kept = json.loads((tmp_path / "scores.json").read_text())["costs"]
+    assert list(kept.items()) == [(",".join(map(str, one)), make_score()(one)) for one in ASKED]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (ModelError("no such model"), UserError, "no such model"),
+        (ValueError("no luck"), RuntimeError, "internal error, ValueError: no luck"),
+    ],
+)
+def test_individuals_that_cannot_be_scored_are_named_and_end_no_other(error, kind, reason, tmp_path):
+    def score(individual):
+        if individual in ASKED[1:3]:
+            raise error
+        return make_score()(individual)
+
+    with pytest.raises(kind, match=f"group search 1/3, 2 failed: {reason}; group search 1/3, 3 failed: {reason}"):
+        search(SPACE, FEW, lambda: score, tmp_path / "scores.json", {})
+    assert len(json.loads((tmp_path / "scores.json").read_text())["costs"]) == 2
+    again = Counting()
+    search(SPACE, FEW, again, tmp_path / "scores.json", {})
+    assert again.asked == ASKED[1:3] + ASKED[4:]
+
+
 @pytest.mark.process
 def test_processes_change_nothing(tmp_path):
     short = SearchSettings(generations=2, population=5, seed=3)
     alone = search(SPACE, short, make_score, tmp_path / "a.json", {})
-    parallel = SearchSettings(**{**vars(short), "workers": 2})
-    assert search(SPACE, parallel, make_score, tmp_path / "b.json", {}) == alone
+    with in_processes(2) as runner:
+        assert search(SPACE, short, make_score, tmp_path / "b.json", {}, runner) == alone
 
 
 def test_a_cost_that_is_no_number_is_the_worst(tmp_path):

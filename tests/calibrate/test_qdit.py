@@ -305,13 +305,16 @@ def test_a_stopped_calibration_goes_on_with_its_scores(model, tmp_path, monkeypa
 class InThread(ThreadPoolExecutor):
     """Stands for a pool of processes: what it is sent is pickled, but nothing is imported anew, which takes seconds."""
 
-    def __init__(self, workers, context, start, arguments):
-        super().__init__(1, initializer=start, initargs=pickle.loads(pickle.dumps(arguments)))
+    def __init__(self, workers, context, start):
+        super().__init__(1, initializer=start)
+
+    def submit(self, work, job):
+        return super().submit(work, pickle.loads(pickle.dumps(job)))
 
 
 def test_a_longer_search_in_more_processes_takes_the_scores_of_a_shorter_one(model, tmp_path, monkeypatch):
     """And finds what one process finds."""
-    monkeypatch.setattr("pipeline.calibrate.groups.search.ProcessPoolExecutor", InThread)
+    monkeypatch.setattr("pipeline.jobs.processes.ProcessPoolExecutor", InThread)
 
     def searched(folder, *settings):
         recipe = quick("candidates=nearest", "population=4", *settings)

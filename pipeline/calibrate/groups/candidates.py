@@ -46,7 +46,8 @@ class Candidates:
     """Where quantized models with candidate sizes come from.
 
     activations: "token_group", or anything else for one scale per token. model: None where it is to be loaded anew
-    from its source, as another process has to. layers: folder of stored layers, None to round to nearest.
+    from its source, as in another process that this is sent to. layers: folder of stored layers, None to round to
+    nearest.
     """
 
     source: str
@@ -57,9 +58,8 @@ class Candidates:
     model: LoadedModel | None = None
     layers: Path | None = None
 
-    def for_workers(self, workers: int) -> Candidates:
-        """What can be sent to other processes, if there are any."""
-        return self if workers == 1 else replace(self, model=None)
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"model": None}
 
     def load(self) -> LoadedModel:
         return self.model or load_float_model(replace(self.recipe, model=self.source))

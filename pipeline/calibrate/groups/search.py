@@ -5,9 +5,9 @@ scored, the best of all so far are the parents, and the next generation is half 
 that take more bytes than the budget are not let in: where the paper draws again, here random genes go up to a larger
 group until the rest fits, which ends even where hardly anything fits.
 
-What is scored, and how, is the caller's: a score is a cost, lower is better. Scores are kept in a file after every
-individual. A run that was stopped goes the same way again, since nothing but the seed and the scores decides, and finds
-them there. The number of processes changes nothing either.
+What is scored, and how, is the caller's: a score is a cost, lower is better. The individuals of a generation are jobs,
+done by whichever runner is given. Scores are kept in a file after every individual. A run that was stopped goes the
+same way again, since nothing but the seed and the scores decides, and finds them there. So does another runner.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,13 +29,13 @@ from typing_extensions import TypedDict
 from export.documents import read_json
 from export.errors import ContractError, RecipeError
 from pipeline.files import write_json
+from pipeline.jobs.jobs import Job, Runner, error_of, in_turn
+from pipeline.jobs.once import Once
 from pipeline.progress import track
-from pipeline.signals import as_completed, ignore_interrupts, stop_workers
 
 logger = logging.getLogger(__name__)
 Individual = tuple[int, ...]  # the group size of every gene
 Score = Callable[[Individual], float]  # cost, lower is better
-Scored = Iterator[tuple[Individual, float]]
 TRIES = 100  # draws for a child that was not there before
 
 
@@ -92,10 +90,9 @@ class SearchSettings:
     population: int = 50
     mutation_probability: float = 0.1
     seed: int = 0
-    workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("generations", "population", "workers"):
+        for name in ("generations", "population"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"group search: {name} {getattr(self, name)} must be at least 1")
         if not 0 < self.mutation_probability <= 1:
@@ -116,23 +113,29 @@ class SearchOutcome:
 
 
 def search(
-    space: Space, settings: SearchSettings, make_score: Callable[[], Score], path: Path, origin: Mapping[str, object]
+    space: Space,
+    settings: SearchSettings,
+    make_score: Callable[[], Score],
+    path: Path,
+    origin: Mapping[str, object],
+    runner: Runner = in_turn,
 ) -> SearchOutcome:
-    """The best group sizes. make_score: makes the score, once in every process (so it must be picklable for
-    workers > 1). path: the file of scores; one that was made from another `origin` is not used.
+    """The best group sizes. make_score: makes the score, once in every process of the runner's (so it must be picklable
+    for other processes). path: the file of scores; one that was made from another `origin` is not used.
+
+    Where individuals cannot be scored, the others of their generation are, and an error names the first.
     """
     scores = Scores(path, {**origin, "genes": [[gene.name, list(gene.sizes)] for gene in space.genes]})
     rng = np.random.default_rng(settings.seed)
     trace: list[float] = []
     seen: list[Individual] = []  # not all that the file holds: it may be ahead
-    with _scorers(make_score, settings.workers) as score:
-        generation = first_generation(space, settings, rng)
-        for number in range(settings.generations):
-            _score_all(generation, scores, score, f"group search {number + 1}/{settings.generations}")
-            seen = scores.ranked(seen + generation)
-            trace.append(scores.costs[seen[0]])
-            logger.info("group search: generation %d of %d, best %.4f", number + 1, settings.generations, trace[-1])
-            generation = next_generation(space, settings, rng, seen)
+    score, generation = Once(make_score), first_generation(space, settings, rng)
+    for number in range(settings.generations):
+        _score_all(generation, scores, score, runner, f"group search {number + 1}/{settings.generations}")
+        seen = scores.ranked(seen + generation)
+        trace.append(scores.costs[seen[0]])
+        logger.info("group search: generation %d of %d, best %.4f", number + 1, settings.generations, trace[-1])
+        generation = next_generation(space, settings, rng, seen)
     return SearchOutcome(seen[0], tuple(trace), {one: scores.costs[one] for one in seen})
 
 
@@ -248,42 +251,19 @@ def _sizes(key: str) -> Individual:
 
 
 def _score_all(
-    generation: Sequence[Individual], scores: Scores, score: Callable[[list[Individual]], Scored], label: str
+    generation: Sequence[Individual], scores: Scores, score: Once[Score], runner: Runner, label: str
 ) -> None:
-    left = [one for one in generation if one not in scores.costs]
-    for individual, cost in track(score(left), len(generation), label, len(generation) - len(left)):
-        scores.add(individual, cost)
+    left = {f"{label}, {number}": one for number, one in enumerate(generation, 1) if one not in scores.costs}
+    jobs = [Job(name, partial(_cost, score, one)) for name, one in left.items()]
+    failed = []
+    for ended in track(runner(jobs), len(generation), label, len(generation) - len(left)):
+        if ended.passed:
+            scores.add(left[ended.name], ended.result)
+        else:
+            failed.append(ended)
+    if failed:
+        raise error_of(failed)
 
 
-@contextmanager
-def _scorers(make_score: Callable[[], Score], workers: int) -> Iterator[Callable[[list[Individual]], Scored]]:
-    """A function that scores individuals, in any order: here, or in processes that each make the score once."""
-    if workers == 1:
-        score = make_score()
-        yield lambda individuals: ((one, score(one)) for one in individuals)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (make_score,))
-
-    def scored(individuals: list[Individual]) -> Scored:
-        waiting = {pool.submit(_score, one): one for one in individuals}
-        yield from ((waiting[done], done.result()) for done in as_completed(waiting))
-
-    try:
-        yield scored
-    except BaseException:
-        stop_workers()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_of_worker: dict[str, Score] = {}
-
-
-def _start(make_score: Callable[[], Score]) -> None:
-    ignore_interrupts()
-    _of_worker["score"] = make_score()
-
-
-def _score(individual: Individual) -> float:
-    return _of_worker["score"](individual)
+def _cost(score: Once[Score], individual: Individual) -> float:
+    return score()(individual)

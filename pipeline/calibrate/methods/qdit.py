@@ -33,6 +33,7 @@ from pipeline.calibrate.method import Context, Method, Unit
 from pipeline.calibrate.methods import rtn
 from pipeline.calibrate.plan import Activation, LayerPlan
 from pipeline.calibrate.static_activations import find_range
+from pipeline.jobs.processes import in_processes
 from pipeline.methods import Scalar
 from pipeline.progress import track
 
@@ -93,9 +94,9 @@ class QDit(Method):
         options, data, folder = self.context.options, self.context.data, self.context.folder / "search"
         assert data is not None
         space, settings = self.space(plans), search_settings(options, self.context.seed)
-        candidates = self.candidates(plans, space, folder).for_workers(settings.workers)
-        score = ProxyScore.of(candidates, data, int(options["samples"]))
-        outcome = search(space, settings, score, folder / "scores.json", score.origin)
+        with in_processes(search_workers(options)) as runner:
+            score = ProxyScore.of(self.candidates(plans, space, folder), data, int(options["samples"]))
+            outcome = search(space, settings, score, folder / "scores.json", score.origin, runner)
         sizes = layer_sizes(plans, str(options["genes"]), space, outcome.best)
         scored, text = len(outcome.costs), to_text(sizes)
         logger.info("searched %d candidates: %.2f dB with group sizes %s", scored, -outcome.cost, text)
@@ -146,5 +147,12 @@ class QDit(Method):
 
 def search_settings(options: Mapping[str, Scalar], seed: int) -> SearchSettings:
     """How the options say to search."""
-    generations, population, workers = (int(options[name]) for name in ("generations", "population", "workers"))
-    return SearchSettings(generations, population, float(options["mutation"]), seed, workers)
+    return SearchSettings(int(options["generations"]), int(options["population"]), float(options["mutation"]), seed)
+
+
+def search_workers(options: Mapping[str, Scalar]) -> int:
+    """Processes of the search. Raises RecipeError for none."""
+    workers = int(options["workers"])
+    if workers < 1:
+        raise RecipeError(f"calibrate.options.workers {workers} of qdit; use 1 or more")
+    return workers

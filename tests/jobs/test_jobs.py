@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.errors import ParityError
-from pipeline.sweep.jobs import Job, in_turn
+from pipeline.jobs.jobs import Job, in_turn
 
 logger = logging.getLogger("pipeline.tests")
 

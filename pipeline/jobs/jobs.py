@@ -1,6 +1,7 @@
 """Jobs that are independent but for an order: one that fails ends itself and those that wait for it, no other.
 
-A job is done by this process, one after the other (`in_turn`), or by a Ray cluster (ray_jobs.py).
+A job is done by this process, one after the other (`in_turn`), by some of this machine (processes.py), or by a Ray
+cluster (ray_jobs.py).
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from export.documents import listed
+from export.errors import EnvironmentLacksError, ParityError, ResourceError, UserError
 from pipeline.command import INTERNAL_ERROR, judge
 
 logger = logging.getLogger(__name__)
+Place = TypeVar("Place")
 LOG_FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -82,6 +87,57 @@ def attempt(job: Job) -> Ended:
             result = None
             logger.error("%s failed: %s", job.name, reason, exc_info=code == INTERNAL_ERROR)
     return Ended(job.name, result, code, reason, round(time.monotonic() - started, 3), place)
+
+
+class Spread(ABC, Generic[Place]):
+    """A Runner of other processes. A place stands for a job that was sent to one."""
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+        """As a Runner. A job is sent when the one that it waits for has ended."""
+        waiting, running, over = list(jobs), dict[Place, tuple[Job, int]](), dict[str, Ended]()
+        while waiting or running:
+            held = []
+            for job in waiting:
+                cause = over.get(job.after) if job.after else None
+                if cause is not None and not cause.passed:
+                    over[job.name] = without(job, cause)
+                    yield over[job.name]
+                elif job.after and cause is None:
+                    held.append(job)
+                else:
+                    running[self.send(job)] = job, 1
+            waiting = held
+            if not running:  # what was left waited for what failed
+                continue
+            for place in self.ready(list(running)):
+                job, tries = running.pop(place)
+                ended = self.ended(job, place, tries)
+                if ended is None:
+                    running[self.send(job)] = job, tries + 1
+                else:
+                    over[job.name] = ended
+                    yield ended
+
+    @abstractmethod
+    def send(self, job: Job) -> Place:
+        """Have a process `attempt` the job."""
+
+    @abstractmethod
+    def ready(self, places: Sequence[Place]) -> Sequence[Place]:
+        """Wait for one of them, and tell of all that have ended. A signal is heard meanwhile."""
+
+    @abstractmethod
+    def ended(self, job: Job, place: Place, tries: int) -> Ended | None:
+        """How it ended; None where its process was lost and it is to be sent again, which is said."""
+
+
+def error_of(failed: Sequence[Ended]) -> Exception:
+    """What to raise where jobs failed and nothing goes on without them: of the first one's kind, naming them."""
+    kinds: dict[int, type[Exception]] = {
+        kind.exit_code: kind for kind in (UserError, EnvironmentLacksError, ParityError, ResourceError)
+    }
+    named = listed([f"{ended.name} failed: {ended.reason}" for ended in failed])
+    return kinds.get(failed[0].exit_code, RuntimeError)(named)
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""What a candidate of the group search costs, with its pictures as the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.drawing import draw, float_pictures, judged, make_subject, real_features
+from benchmarks.quality.metrics import frechet, gaussian
+from benchmarks.record import Json
+from pipeline.backends.reference import ReferenceEngine
+from pipeline.backends.side_by_side import single_threaded_torch
+from pipeline.calibrate.groups.candidates import CandidateModels, Candidates
+from pipeline.calibrate.groups.search import Individual
+
+
+@dataclass(frozen=True)
+class FrechetScore:
+    """Makes the score, once in every process: `count` pictures of the bundled model `name`."""
+
+    candidates: Candidates
+    name: str
+    count: int
+    seed: int
+    against: str
+    folder: Path
+
+    @property
+    def origin(self) -> Json:
+        """What the scores depend on beside the candidates."""
+        return {"score": f"frechet from {self.against}", "count": self.count, "seed": self.seed}
+
+    def __call__(self) -> Callable[[Individual], float]:
+        subject = make_subject(self.name, self.count, self.seed)
+        models = CandidateModels(replace(self.candidates, model=subject.model))
+        if self.against == "real":
+            goal = gaussian(real_features(self.name))
+        else:
+            goal = gaussian(judged(self.name, float_pictures(subject, self.folder))[0])
+
+        def score(individual: Individual) -> float:
+            engine = ReferenceEngine(models.module(individual), torch.float32)
+            # sums of float32 depend on how many threads share them, and scores must not
+            with single_threaded_torch():
+                return frechet(gaussian(judged(self.name, draw(subject, engine.run, "candidate"))[0]), goal)
+
+        return score
