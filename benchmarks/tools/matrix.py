@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,13 +38,13 @@ SETS: dict[str, tuple[str, ...]] = {
     "simplifiers": ("onnxslim==0.1.98", "onnxsim==0.8.1", ONNX, NEWEST),
     "openvino": ("openvino==2026.4.1",),
 }
-# This project's own environment, and where npm put onnxruntime-web.
-OWN, WEB = "own", "web"
+# Where npm put onnxruntime-web.
+WEB = "web"
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A row. run: a function of inside.py, or a run of web.py. where: its environment, a key of SETS, or OWN, or WEB.
+    """A row. run: a function of inside.py, or a run of web.py. where: its environment, a key of SETS, or WEB.
     package: whose version is shown. refuses: by form what its refusal says, as a part of it, where it is
     known to refuse."""
 
@@ -66,7 +65,7 @@ _PAIRS = (
     ("onnxruntime", "onnxruntime", "onnxruntime-1.18", "onnxruntime"),
     ("onnxruntime", "onnxruntime", "onnxruntime-1.20", "onnxruntime"),
     ("onnxruntime", "onnxruntime", "onnx", "onnxruntime"),
-    ("onnxruntime's optimizer for transformers", "transformers_optimizer", OWN, "onnxruntime"),
+    ("onnxruntime's optimizer for transformers", "transformers_optimizer", "onnx", "onnxruntime"),
     ("onnxscript's optimizer", "optimized", "onnx", "onnxscript"),
     ("polygraphy inspect model", "polygraphy_inspect", "polygraphy", "polygraphy"),
     ("polygraphy run --onnxrt", "polygraphy_run", "polygraphy", "polygraphy"),
@@ -111,8 +110,6 @@ def feeds_of(shapes: Mapping[str, tuple[int | str, ...]], batch: int = 2, tokens
 
 def prepared(tool: Tool) -> Path:
     """The tool's Python, or its node_modules. Raises CannotBeHadError with the reason where it cannot be had."""
-    if tool.where == OWN:
-        return Path(sys.executable)
     if tool.where == WEB:
         web.find(tool.run)
         return node_modules("onnxruntime-web", (f"{web.PACKAGE}@{web.VERSION}",))
