@@ -18,10 +18,12 @@ from export import checkpoint
 from export.errors import EnvironmentLacksError, ModelError, RecipeError
 from export.models.load import LoadedModel, load
 from export.models.weights import WEIGHTS_FILE
+from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.calibrate import __main__ as command
 from pipeline.calibrate import adopt, calibrate
 from pipeline.calibrate.modelopt import backend
+from pipeline.calibrate.modelopt.auto_quantize import auto_quantized, random_direction
 from pipeline.calibrate.modelopt.layers import Taken
 from pipeline.calibrate.modelopt.rounding import (
     Refused,
@@ -522,3 +524,25 @@ def test_what_modelopt_needs_cuda_for_is_said_first(monkeypatch: pytest.MonkeyPa
     backend.refuse_without_cuda(backend.W4A6_FP4DIT_CFG)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     backend.refuse_without_cuda(config)
+
+
+@pytest.mark.fast
+def test_auto_quantize_is_refused_without_modelopt(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentLacksError, match=r"needs modelopt; install with: pip install 'ditc\[modelopt\]'"):
+        auto_quantized(model, recipes.load("pixart_w4a6"), [backend.W6A6_CFG], 6)
+
+
+@pytest.mark.fast
+def test_gradients_of_random_directions_are_the_curvature_of_the_squared_error() -> None:
+    """Of |Ax - Ax0|^2 / 2 it is the diagonal of A^T A. The mean of n squared normal numbers has a standard deviation
+    of sqrt(2 / n) of itself; five of them are no matter of luck."""
+    matrix = torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    draws, loss = 4000, random_direction(0)
+    squares = torch.zeros(6, dtype=torch.float64)
+    for _ in range(draws):
+        x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        loss(matrix @ x, None).backward()
+        assert x.grad is not None
+        squares += x.grad**2 / draws
+    torch.testing.assert_close(squares, (matrix**2).sum(0), rtol=5 * (2 / draws) ** 0.5, atol=0)

@@ -1,7 +1,9 @@
 """ModelOpt's search for each linear's format, among configurations of ours and of ModelOpt.
 
-module = auto_quantized(model, recipe, [W4A6_FP4DIT_CFG, W8A6_CFG], effective_bits=5)
-take_over(model, recipe, module, Path("checkpoints/mixed"))
+    module = auto_quantized(model, recipe, [W4A6_FP4DIT_CFG, W8A6_CFG], effective_bits=5)
+    take_over(model, recipe, module, Path("checkpoints/mixed"))
+
+What it takes over has a format of its own for each linear.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def auto_quantized(
         module_search_spaces=[space],
         data_loader=calls,
         forward_step=_forward_step(model),
-        loss_func=_random_direction(recipe.calibrate.seed),
+        loss_func=random_direction(recipe.calibrate.seed),
         disabled_layers=kept,
         num_calib_steps=len(calls),
         num_score_steps=len(calls),
@@ -100,12 +102,12 @@ def _torchs_attention(module: nn.Module) -> Iterator[None]:
             del part._functionals_to_replace
 
 
-def _random_direction(seed: int) -> Callable[[Tensor, Call], Tensor]:
+def random_direction(seed: int) -> Callable[[Tensor, object], Tensor]:
     """A loss whose squared gradient is on average the curvature of the output's squared error: the output times normal
     noise. The squared error itself has no gradient at the float model, where it is 0."""
     generator = torch.Generator().manual_seed(seed)
 
-    def loss(output: Tensor, _: Call) -> Tensor:
+    def loss(output: Tensor, _: object) -> Tensor:
         return (output * torch.randn(output.shape, generator=generator)).sum()
 
     return loss
