@@ -36,7 +36,8 @@ def main(tool: str, model: str, inputs: str, folder: str) -> None:
         row = {"found": TOOLS[tool](Path(model), feeds, place)}
     except Exception as error:  # a tool may raise anything: its words are the result
         row = {"refuses": " ".join(f"{type(error).__name__}: {error}".split())}
-    installed = {one.metadata["Name"].lower(): one.version for one in metadata.distributions()}
+    # Of two releases on the path the first is imported.
+    installed = {one.metadata["Name"].lower(): one.version for one in reversed([*metadata.distributions()])}
     print(json.dumps(row | {"versions": installed}))
 
 

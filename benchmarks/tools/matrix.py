@@ -37,7 +37,10 @@ SETS: dict[str, tuple[str, ...]] = {
     "polygraphy": ("polygraphy==0.53.6", "onnx_graphsurgeon==0.6.1", ONNX, NEWEST),
     "simplifiers": ("onnxslim==0.1.98", "onnxsim==0.8.1", ONNX, NEWEST),
     "openvino": ("openvino==2026.4.1",),
+    "with-torch": (NEWEST, ONNX),
 }
+# Of these the rest is this project's own environment, whose PyTorch need not be had twice.
+BESIDE = frozenset({"with-torch"})
 # Where npm put onnxruntime-web.
 WEB = "web"
 
@@ -65,7 +68,7 @@ _PAIRS = (
     ("onnxruntime", "onnxruntime", "onnxruntime-1.18", "onnxruntime"),
     ("onnxruntime", "onnxruntime", "onnxruntime-1.20", "onnxruntime"),
     ("onnxruntime", "onnxruntime", "onnx", "onnxruntime"),
-    ("onnxruntime's optimizer for transformers", "transformers_optimizer", "onnx", "onnxruntime"),
+    ("onnxruntime's optimizer for transformers", "transformers_optimizer", "with-torch", "onnxruntime"),
     ("onnxscript's optimizer", "optimized", "onnx", "onnxscript"),
     ("polygraphy inspect model", "polygraphy_inspect", "polygraphy", "polygraphy"),
     ("polygraphy run --onnxrt", "polygraphy_run", "polygraphy", "polygraphy"),
@@ -113,7 +116,7 @@ def prepared(tool: Tool) -> Path:
     if tool.where == WEB:
         web.find(tool.run)
         return node_modules("onnxruntime-web", (f"{web.PACKAGE}@{web.VERSION}",))
-    return python_environment(tool.where, SETS[tool.where])
+    return python_environment(tool.where, SETS[tool.where], beside=tool.where in BESIDE)
 
 
 def ran(tool: Tool, model: Path, feeds: Arrays, reference: Arrays) -> Json:
