@@ -213,6 +213,9 @@ class Backend(ABC, Generic[OptionsT]):
     # compiler, and the graph that it was given is compared: metadata.json has its hashes.
     repeatable: ClassVar[bool] = False
     flags: ClassVar[tuple[Flag, ...]] = ()
+    # What `verify --polygraphy` writes commands for, by a table of pipeline/polygraphy/commands.py: "engine" is the
+    # engine alone, by this package.
+    polygraphy: ClassVar[str] = "engine"
 
     @property
     def name(self) -> str:

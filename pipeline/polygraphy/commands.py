@@ -140,7 +140,7 @@ def _called(limits_db: Mapping[str, float]) -> tuple[str, ...]:
 
 def commands_of(target: Target) -> tuple[list[Command], list[Feed]]:
     """A target's commands in their order, and the functions that feed them."""
-    return OF_TARGET.get(target.name, of_engine)(target)
+    return WAYS[BACKENDS[target.name].polygraphy](target)
 
 
 def of_engine(target: Target) -> tuple[list[Command], list[Feed]]:
@@ -148,19 +148,14 @@ def of_engine(target: Target) -> tuple[list[Command], list[Feed]]:
     return [target.engine()], []
 
 
-def of_cpu(target: Target) -> tuple[list[Command], list[Feed]]:
+def of_own_graphs(target: Target) -> tuple[list[Command], list[Feed]]:
+    """Of ops that this package brings to onnxruntime."""
     commands, feeds = target.chain("--ditc-onnxrt")
     return [target.engine(), *commands], feeds
 
 
-def of_cuda(target: Target) -> tuple[list[Command], list[Feed]]:
-    """Its graphs by the function bodies of their fused ops."""
-    commands, feeds = target.chain("--onnxrt", *AS_IT_STANDS)
-    return [*commands, target.engine()], feeds
-
-
-def of_ort_cuda(target: Target) -> tuple[list[Command], list[Feed]]:
-    """Its graph, of ops that onnxruntime has, on the CPU."""
+def of_graphs(target: Target) -> tuple[list[Command], list[Feed]]:
+    """Of ops that onnxruntime has on the CPU, by themselves or by the function bodies of fused ones."""
     commands, feeds = target.chain("--onnxrt", *AS_IT_STANDS)
     return [*commands, target.engine()], feeds
 
@@ -181,7 +176,7 @@ def of_portable(target: Target) -> tuple[list[Command], list[Feed]]:
     return commands, []
 
 
-def of_rtx(target: Target) -> tuple[list[Command], list[Feed]]:
+def of_graph_and_plan(target: Target) -> tuple[list[Command], list[Feed]]:
     """Polygraphy does not know plugins in Python, which ours are: with them the engine alone runs."""
     if "plugins" in target.bundle.manifest["targets"][target.name]["metadata"]:
         return of_engine(target)
@@ -191,12 +186,12 @@ def of_rtx(target: Target) -> tuple[list[Command], list[Feed]]:
         commands.append(Command("The graph that the builder got, in onnxruntime on the CPU.", words))
         words = ("convert", path, "--convert-to", "trt", "-o", BUILT_AGAIN, *_build_flags(target))
         commands.append(Command("An engine of it, built by Polygraphy.", words, "RTX", WITH_RTX))
-    return [*commands, target.engine(), *_of_engine(target, WITH_RTX, "tensorrt_rtx")], []
+    return [*commands, target.engine(), *_of_plan(target, WITH_RTX, "tensorrt_rtx")], []
 
 
-def of_trt(target: Target) -> tuple[list[Command], list[Feed]]:
+def of_plan(target: Target) -> tuple[list[Command], list[Feed]]:
     """The engine has the kernels of its plugins in it."""
-    return [target.engine(), *_of_engine(target, "", "trtexec")], []
+    return [target.engine(), *_of_plan(target, "", "trtexec")], []
 
 
 def _shapes(target: Target) -> dict[str, tuple[list[int], list[int], list[int]]]:
@@ -218,7 +213,7 @@ def _build_flags(target: Target) -> list[str]:
     return words
 
 
-def _of_engine(target: Target, environment: str, tool: str) -> list[Command]:
+def _of_plan(target: Target, environment: str, tool: str) -> list[Command]:
     """An engine file in Polygraphy's own runner, and timed by the vendor's tool."""
     name = f"{target.name}/{ENGINE}"
     usual = ",".join(f"{name}:{'x'.join(map(str, sizes[1]))}" for name, sizes in _shapes(target).items())
@@ -229,13 +224,14 @@ def _of_engine(target: Target, environment: str, tool: str) -> list[Command]:
     ]
 
 
-OF_TARGET: Mapping[str, Callable[[Target], tuple[list[Command], list[Feed]]]] = {
-    "cpu": of_cpu,
-    "rtx": of_rtx,
-    "cuda": of_cuda,
-    "trt": of_trt,
-    "ort_cuda": of_ort_cuda,
-    "onnx": of_portable,
+# By what a target says of itself.
+WAYS: Mapping[str, Callable[[Target], tuple[list[Command], list[Feed]]]] = {
+    "engine": of_engine,
+    "own graphs": of_own_graphs,
+    "graphs": of_graphs,
+    "graph and plan": of_graph_and_plan,
+    "plan": of_plan,
+    "portable": of_portable,
 }
 
 

@@ -331,4 +331,4 @@ def test_dry_run_refuses_what_build_refuses_before_work_starts(
 
 
 def test_every_user_error_has_an_exit_code_of_the_contract() -> None:
-    assert {kind.exit_code for kind in [UserError, *UserError.__subclasses__()]} == {2, 3, 4, 5, 6}
+    assert {kind.exit_code for kind in [UserError, *UserError.__subclasses__()]} == {2, 3, 4, 5, 6, 7}

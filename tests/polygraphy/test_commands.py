@@ -10,11 +10,10 @@ import pytest
 
 from export.errors import ContractError, RecipeError
 from pipeline import __main__ as cli
-from pipeline.backends import ROWS
-from pipeline.backends.base import CONDITION, MODEL, TIMESTEP
+from pipeline.backends import BACKENDS
+from pipeline.backends.base import CONDITION, MODEL, TIMESTEP, Backend
 from pipeline.bundle.bundle import Bundle
-from pipeline.polygraphy import commands as commands_module
-from pipeline.polygraphy.commands import NEEDS, OF_TARGET, Command, Target, commands_of, script
+from pipeline.polygraphy.commands import NEEDS, WAYS, Command, Target, commands_of, script
 
 SHAPES = {"x": [[1, 3], [2, 3], [8, 3]]}
 METADATA = {"shapes": SHAPES, "compute_capabilities": [89, 120], "tensorrt_rtx": "1.7.1"}
@@ -32,10 +31,10 @@ def texts(commands: list[Command]) -> list[str]:
 
 
 def test_targets_have_commands_of_their_own_and_another_its_engine() -> None:
-    assert set(OF_TARGET) == set(ROWS)
+    assert {backend.polygraphy for backend in BACKENDS.values()} == WAYS.keys() - {Backend.polygraphy}
     cpu = target("cpu", (MODEL,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands_module, "OF_TARGET", {})
+        patch.delattr(type(BACKENDS["cpu"]), "polygraphy")
         (engine,), feeds = commands_of(cpu)
     assert "--ditc-target cpu" in texts([engine])[0] and not feeds
 
@@ -108,7 +107,7 @@ def test_no_name_of_a_bundle_is_more_than_a_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_scripts_are_shell_and_run_what_their_variables_ask_for(name: str, tmp_path: Path) -> None:
     """With a stand-in for all tools, from another folder, the bundle's name one that a shell would take apart."""
     place = tmp_path / "a b/c's"

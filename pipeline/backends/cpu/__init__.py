@@ -46,6 +46,7 @@ class CpuBackend(Backend[CpuOptions]):
     options_type = CpuOptions
     package = stock_runtime.PACKAGE
     speed_rank = 5
+    polygraphy = "own graphs"
     quantizes_attention = True
     file_names = frozenset({MODEL, CONDITION, TIMESTEP, DATA, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # INT8 weights

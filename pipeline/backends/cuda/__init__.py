@@ -59,6 +59,7 @@ class CudaBackend(Backend[CudaOptions]):
     package = "triton"
     needs_gpu = True
     speed_rank = 2
+    polygraphy = "graphs"
     file_names = frozenset({MODEL, CONDITION, DATA, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
 

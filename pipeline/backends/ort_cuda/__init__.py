@@ -43,6 +43,7 @@ class OrtCudaBackend(Backend[OrtCudaOptions]):
     package = stock_runtime.PACKAGE
     needs_gpu = True
     speed_rank = 4
+    polygraphy = "graphs"
     file_names = frozenset({MODEL, DATA, metadata_file.NAME, lowering_file.NAME})
     disk_bytes_per_parameter = 2.5  # FP16 weights, where groups have real scales
     repeatable = True

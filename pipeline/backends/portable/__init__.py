@@ -38,6 +38,7 @@ class PortableBackend(Backend[PortableOptions]):
     options_type = PortableOptions
     package = stock_runtime.PACKAGE
     speed_rank = 6
+    polygraphy = "portable"
     quantizes_attention = True  # by its function body, which takes longer than attention in float; it is slow anyway
     slow = True
     file_names = frozenset({MODEL, DATA})

@@ -79,6 +79,7 @@ class RtxBackend(Backend[RtxOptions]):
     package = RTX
     needs_gpu = True
     speed_rank = 3
+    polygraphy = "graph and plan"
     kept_names = frozenset({MODEL, DATA})
     file_names = frozenset({ENGINE, CONTEXT_MODEL, metadata_file.NAME, lowering_file.NAME, *kept_names})
     disk_bytes_per_parameter = 2.5  # the lowered graph and the engine

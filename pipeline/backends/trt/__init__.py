@@ -50,6 +50,7 @@ class TrtBackend(Backend[TrtOptions]):
     package = TRT
     needs_gpu = True
     speed_rank = 1
+    polygraphy = "plan"
     kept_names = frozenset({MODEL, DATA})
     file_names = frozenset({ENGINE, CONTEXT_MODEL, metadata_file.NAME, lowering_file.NAME, *kept_names})
     disk_bytes_per_parameter = 1.5  # the packed weights, twice
