@@ -22,7 +22,7 @@ from pipeline.verify.autoencoder import SIZES, make_inputs
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from pipeline.verify.reference_hooks import ARITHMETICS, hooked, jittered, operations_jittered
 from pipeline.verify.segments import JITTER_ULPS
-from pipeline.verify.study import HITTING_ULPS, QUANTIZER_ULPS
+from pipeline.verify.study import HIT_DB, HITTING_ULPS, QUANTIZER_ULPS
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Float32 runs of the reference that each limit is the worst of.
 SEEDS = 2
+# A limit below this is of runs that a flipped code has hit.
+HIT_LIMIT_DB = HIT_DB - FACTOR_DB
 
 
 @dataclass
@@ -162,11 +164,9 @@ def _limits(calls: ReferenceCalls, single: Reference) -> Limits:
         runs = [_errors(calls, single, seed, ulps) for seed in range(SEEDS)]
         for name in ("outputs", "layers"):
             settled: dict[str, float] = getattr(limits, name)
-            hit = {key for key, dbs in settled.items() if dbs < ROUNDED_DB}
-            settled.update(
-                {key: db for key, db in _worst([getattr(run, name) for run in runs]).items() if key not in hit}
-            )
-        if not single.quantizes or all(db < ROUNDED_DB for db in (*limits.outputs.values(), *limits.layers.values())):
+            moved = _worst([getattr(run, name) for run in runs])
+            settled |= {key: db for key, db in moved.items() if not settled.get(key, math.inf) < HIT_LIMIT_DB}
+        if not single.quantizes or all(db < HIT_LIMIT_DB for db in (*limits.outputs.values(), *limits.layers.values())):
             break
     return limits
 
