@@ -40,7 +40,7 @@ def python_environment(name: str, requirements: tuple[str, ...], beside: bool = 
         python = folder / "bin" / "python"
         install(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-input", *requirements)
 
-    key = " ".join((sys.version, sys.executable, *places, *requirements))
+    key = " ".join((sys.version, sys.base_prefix, *places, *requirements))
     return kept(name, key, make) / "bin" / "python"
 
 
