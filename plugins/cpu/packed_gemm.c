@@ -264,21 +264,22 @@ static void fetch_weights(const Fetch *fetch, int panels) {
     for (int i = 0; i < panels; i++) __builtin_prefetch(fetch->weight[i] + line * LINE, 0, 2);
 }
 
-/* What the epilogue of rows first.. of some panels reads and writes most of: a gate of a row each, residual and y, y of
- * heads as far as rows are of one sample. */
+/* What the epilogue of rows first.. of some panels reads and writes most of: the product, `linear`, a gate of a row each,
+ * residual and y, y of heads as far as rows are of one sample. */
 INLINE void next_lines(const PackedGemm *gemm, int64_t panel, int panels, int64_t first, Fetch *fetch) {
   const Epilogue *it = &gemm->epilogue;
   const EpilogueRow at = epilogue_row(it, first);
   for (int part = 0; part < panels; part++) {
     int64_t channel = (panel + part) * PANEL, place = first * it->n + channel;
     const HeadSpan of = head_span(it, channel);
-    const float *ends[] = {it->gate && it->rows_per_gate == 1 ? it->gate + place : NULL,
-                           it->residual ? it->residual + place : NULL,
-                           !it->y ? NULL : it->heads_out ? head_place(it, &at, &of) : it->y + place};
-    for (int end = 0; end < 3; end++)
+    const float *y = !it->y ? NULL : it->heads_out ? head_place(it, &at, &of) : it->y + place;
+    const float *ends[ENDS] = {y, gemm->product ? gemm->product + place : NULL, it->linear ? it->linear + place : NULL,
+                               it->gate && it->rows_per_gate == 1 ? it->gate + place : NULL,
+                               it->residual ? it->residual + place : NULL};
+    for (int end = 0; end < ENDS; end++)
       if (ends[end]) {
         fetch->stream[fetch->streams] = (const char *)ends[end];
-        fetch->apart[fetch->streams++] = (end == 2 && it->heads_out ? of.size : it->n) * (int64_t)sizeof(float);
+        fetch->apart[fetch->streams++] = (end == 0 && it->heads_out ? of.size : it->n) * (int64_t)sizeof(float);
       }
   }
 }

@@ -19,12 +19,13 @@ typedef struct Scratch {
 } Scratch;
 
 enum { LINE = 64 }; /* bytes that come from memory together */
+enum { ENDS = 5, MOST_STREAMS = ENDS * MOST_PANELS }; /* an epilogue's matrices with a number for each of a product */
 
 /* What is needed next, to be on its way while some rows are multiplied. Of their epilogue: `streams` lines of each row,
  * `apart` bytes from row to row. Of the weights that are read after the block's, `lines` of each panel. */
 typedef struct Fetch {
-  const char *stream[3 * MOST_PANELS];
-  int64_t apart[3 * MOST_PANELS];
+  const char *stream[MOST_STREAMS];
+  int64_t apart[MOST_STREAMS];
   int streams; /* 0: none of this block's */
   const uint8_t *weight[MOST_PANELS];
   int64_t lines;
