@@ -36,6 +36,7 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.generate.convert_tokenizer import convert_tokenizer
+from pipeline.generate.example_prompts import PROMPTS_FILE
 from pipeline.generate.pipeline_classes import TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE
 from pipeline.parts import SCHEDULER, Part, PipelineFolder, read_folder
@@ -161,12 +162,14 @@ def _link(source: str, destination: str) -> None:
 
 
 def write_others(folder: PipelineFolder, bundle: Path) -> None:
-    """Tokenizers, each as one file, and the scheduler's configuration."""
+    """Tokenizers, each as one file, the scheduler's configuration, and the pipeline's prompts where it has a file."""
     for name, class_name in folder.tokenizers.items():
         (bundle / name).mkdir(exist_ok=True)
         convert_tokenizer(folder.root / name, class_name, bundle / name)
     (bundle / SCHEDULER).mkdir(exist_ok=True)
     shutil.copyfile(folder.root / SCHEDULER / CONFIG_FILE, bundle / SCHEDULER / CONFIG_FILE)
+    if (folder.root / PROMPTS_FILE).exists():
+        shutil.copyfile(folder.root / PROMPTS_FILE, bundle / PROMPTS_FILE)
 
 
 def proven(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> None:

@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from export.errors import EnvironmentLacksError, UserError
+from export.models.sources import zoo_models
 from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Check
 from pipeline.command import Answer, Parser, Table, parser, run
-from pipeline.list import zoo_models
 from pipeline.signals import leave
 
 GIB = 2**30

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from importlib.util import find_spec
 
 from typing_extensions import TypedDict
 
 from export.formats.format import get_format
 from export.formats.operands import HARDWARE, embeds, exact_in
+from export.models.sources import zoo_models
 from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
@@ -43,12 +43,6 @@ def worth(recipe: Recipe) -> str:
     buys = WIDE_BUYS if wide else ACTIVATIONS_BUY[activation.bits]
     exact = f"exact in {', '.join(fits)}" if fits else f"exact in none of {', '.join(HARDWARE)}"
     return f"W{weight.bits}: {WEIGHTS_BUY[weight.bits]}. A{activation.bits}: {buys}; {exact}."
-
-
-def zoo_models() -> list[str]:
-    """Names of the models that come with the package."""
-    folder = resources.files("export") / "zoo"
-    return sorted(item.name for item in folder.iterdir() if (item / "config.json").is_file()) if folder.is_dir() else []
 
 
 class TargetRow(TypedDict):

@@ -21,6 +21,7 @@ from pipeline import __main__ as cli
 from pipeline import compile_pipeline, compiler, load
 from pipeline.bundle.pipeline_bundle import load_pipeline
 from pipeline.generate import latent_model
+from pipeline.generate.example_prompts import PROMPTS_FILE
 from pipeline.parts import read_folder
 from pipeline.verify import pipeline_gates
 from pipeline.verify.report import Report
@@ -28,13 +29,16 @@ from tests.support import pipelines
 from tests.support.quick_build import measure_little
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
+PROMPTS = ("a red circle", "two blue rings")
 COMPONENTS = ["text_encoder", "transformer", "vae_decoder"]
 GATES = {"tokenizer/ids_differing", "picture_psnr_db", "calls_ulps"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipelines.write_wide(tmp_path_factory.mktemp("whole") / "pixart")
+    folder = pipelines.write_wide(tmp_path_factory.mktemp("whole") / "pixart")
+    (folder / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    return folder
 
 
 def build(folder: Path, output: Path, *more: str, engine: str = "pixart_w4a6") -> int:
@@ -75,6 +79,7 @@ def test_its_components_are_bundles_and_its_own_gates_hold(bundle: Path) -> None
 
 def test_it_draws(bundle: Path) -> None:
     with Pipeline.load(bundle) as pipeline:
+        assert pipeline.examples == PROMPTS, "those of the pipeline's own file"
         output = pipeline("a red circle", num_inference_steps=3, num_images_per_prompt=2, seed=5, output_type="np")
         again = pipeline("a red circle", num_inference_steps=3, seed=6, output_type="np")
     assert output.images.shape == (2, 64, 64, 3) and np.isfinite(output.images).all()

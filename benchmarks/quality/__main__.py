@@ -24,6 +24,7 @@ from benchmarks import record
 from benchmarks.quality import drawing
 from benchmarks.quality.drawing import Subject
 from benchmarks.quality.engines import refuse_missing_gpu, refuse_missing_modelopt, row_recipe
+from benchmarks.quality.judging import LABELS
 from benchmarks.quality.measure import judge_pictures, make_base, measured_sensitivity, row_jobs
 from benchmarks.quality.results import FLOAT, MEASURED, UNAVAILABLE, Results, outcome, row_key
 from benchmarks.quality.rows import MODELS, ON_REQUEST, TABLES, Row, rows_of
@@ -36,7 +37,7 @@ from pipeline.jobs.once import Once
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger("benchmarks.quality")
-COUNTS = {"pixart_mini": 1000, "dit_mini": 2000}
+COUNTS = {"pixart_mini": 1000, "dit_mini": 2000, "pixart_scenes": 500}
 QUICK_COUNT = 100
 WORK, QUICK_RESULTS = Path("work/quality"), Path("work/quality/quick")
 SENSITIVITY = "sensitivity"
@@ -174,8 +175,8 @@ def main() -> int:
         parser.error("--model needs --rows PATTERN and at least one --metric")
     if arguments.set and not arguments.output_dir:
         parser.error("--set changes what rows are; give an --output-dir of your own for their results")
-    if not 0 <= arguments.count <= drawing.LABELS:
-        parser.error(f"--count {arguments.count}: use 1 to {drawing.LABELS}")
+    if not 0 <= arguments.count <= LABELS:
+        parser.error(f"--count {arguments.count}: use 1 to {LABELS}")
     try:
         with chosen(arguments, "measuring quality") as runner:
             if arguments.model:

@@ -5,7 +5,6 @@ Fewer pictures are the first ones of more: labels come from one long list, and e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,39 +12,41 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.quality.metrics import Array
+from benchmarks.quality.judging import JUDGINGS, Judging
+from benchmarks.quality.painters import Painter, Pictures, PipelinePainter, PixelPainter, Run
 from benchmarks.record import Json
-from benchmarks.zoo import judges
+from benchmarks.zoo.pixart_scenes.picture import GUIDANCE
+from benchmarks.zoo.pixart_scenes.train import PLAN
 from export.documents import sha256, whole_file
 from export.models.load import LoadedModel, denoiser, load
 from pipeline.backends.base import Arrays
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.distance import sqnr_db
 from pipeline.files import sha256_json
-from pipeline.generate.conditioning import Generation, load_generation
-from pipeline.generate.sampling import make_sampler, sample
+from pipeline.generate.conditioning import load_generation
+from pipeline.generate.pipeline_folder import pipeline_root
 from pipeline.progress import track
 
-Pictures = NDArray[np.float32]
-Run = Callable[[Arrays], Arrays]
-BATCH_SIZES = {"pixart_mini": 4, "dit_mini": 50}  # pictures at once: what a block computes stays in the cache
-LABELS = 10_000  # the long list; more pictures than this cannot be asked for
-JUDGED_AT_ONCE = 500
+# Pictures at once: what a block computes stays in the cache.
+BATCH_SIZES = {"pixart_mini": 4, "dit_mini": 50, "pixart_scenes": 8}
 # Pictures whose steps on the float model's trajectory are compared; both halves of guidance count.
 STEP_PICTURES = 16
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundled model and what is drawn with it. labels: [N, slots] int64; noise: [N, C, H, W]."""
+    """A bundled model and what is drawn with it. labels: [N, ...] int64, as its judge has them."""
 
     name: str
     model: LoadedModel
-    generation: Generation
+    painter: Painter
     labels: torch.Tensor
     prompts: list[str]
-    noise: Pictures
     seed: int
+
+    @property
+    def judging(self) -> Judging:
+        return JUDGINGS[self.name]
 
     @property
     def facts(self) -> Json:
@@ -53,41 +54,38 @@ class Subject:
         return {
             "model": self.name,
             "model_sha256": self.model.sha256,
-            "prompts": judges.CONDITIONS[self.name],
+            "prompts": self.judging.conditions,
             "count": len(self.prompts),
             "seed": self.seed,
-            "sampler": self.generation.sampler,
-            "n_steps": self.generation.n_steps,
-            "guidance_scale": self.generation.guidance_scale,
-            "judge_sha256": sha256(judges.JUDGES[self.name].path),
+            **self.painter.facts,
+            "judge_sha256": sha256(self.judging.judge_path),
         }
 
 
 def make_subject(name: str, count: int, seed: int) -> Subject:
     """The bundled model `name` with `count` prompts and their noise."""
     model = load(f"zoo:{name}")
-    labels, prompts = judges.conditions(name, LABELS, seed)
+    labels, prompts = JUDGINGS[name].prompts(seed)
+    return Subject(name, model, make_painter(model, count, seed), labels[:count], prompts[:count], seed)
+
+
+def make_painter(model: LoadedModel, count: int, seed: int) -> Painter:
+    """Of a bundled model: by its pipeline where it is of one."""
+    root = pipeline_root(model)
+    if root is not None:
+        return PipelinePainter(root, model, PLAN.n_steps, GUIDANCE, seed)
     size = model.config["sample_size"]
     shape = (model.config["in_channels"], size, size)
     noise = np.stack([np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in range(count)])
-    return Subject(name, model, load_generation(model.folder), labels[:count], prompts[:count], noise, seed)
+    return PixelPainter(load_generation(model.folder), noise)
 
 
 def draw(subject: Subject, run: Run, label: str) -> Pictures:
     """All pictures of the subject by the denoiser `run`, [N, C, H, W]."""
-    size = BATCH_SIZES[subject.name]
-    starts = range(0, len(subject.prompts), size)
-    parts = (slice(start, start + size) for start in starts)
-    return np.concatenate([_draw(subject, run, part) for part in track(parts, len(starts), label)])
-
-
-def _draw(
-    subject: Subject, run: Run, part: slice, on_step: Callable[[int, Arrays, Arrays], None] | None = None
-) -> Pictures:
-    generation = subject.generation
-    sampler = make_sampler(generation.sampler, generation.n_steps, generation.timestep_scale)
-    encoded = generation.encode(subject.prompts[part])
-    return sample(run, encoded, subject.noise[part], sampler, generation.guidance_scale, on_step)
+    size, prompts = BATCH_SIZES[subject.name], subject.prompts
+    starts = range(0, len(prompts), size)
+    parts = (subject.painter.draw(run, prompts[i : i + size], i) for i in starts)
+    return np.concatenate([*track(parts, len(starts), label)])
 
 
 def float_engine(subject: Subject) -> ReferenceEngine:
@@ -121,29 +119,13 @@ class Trajectory:
 
 
 def float_trajectory(subject: Subject) -> Trajectory:
-    calls: list[Arrays] = []
-    outputs: list[NDArray[np.floating]] = []
+    engine, calls, outputs = float_engine(subject), list[Arrays](), list[NDArray[np.floating]]()
 
-    def keep(_: int, inputs: Arrays, output: Arrays) -> None:
+    def kept(inputs: Arrays) -> Arrays:
+        output = engine.run(inputs)
         calls.append(inputs)
         outputs.append(output["sample"])
+        return output
 
-    _draw(subject, float_engine(subject).run, slice(0, STEP_PICTURES), keep)
+    subject.painter.draw(kept, subject.prompts[:STEP_PICTURES], 0)
     return Trajectory(calls, outputs)
-
-
-# --- the judge ------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def judged(name: str, pictures: Pictures) -> tuple[Array, torch.Tensor]:
-    """What the bundled judge sees: features [N, 64] float64, and labels [N, slots] int64."""
-    judge = judges.load(name)
-    parts = torch.from_numpy(pictures).clamp(-1, 1).split(JUDGED_AT_ONCE)
-    features = torch.cat([judge.features(part) for part in parts]).double().numpy()
-    return features, torch.cat([judge.read(part) for part in parts])
-
-
-def real_features(name: str) -> Array:
-    """Features of the held-out real data, [M, 64]."""
-    return judged(name, judges.JUDGES[name].test()[1].numpy())[0]

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import record
-from benchmarks.quality.drawing import BATCH_SIZES, Run, Subject, Trajectory
+from benchmarks.quality.drawing import BATCH_SIZES, Subject, Trajectory
+from benchmarks.quality.painters import Run
 from benchmarks.quality.rows import Algorithm, Row
 from export import checkpoint
 from export.checkpoint import QuantizedLinear

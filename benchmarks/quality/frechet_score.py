@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.drawing import draw, float_pictures, judged, make_subject, real_features
+from benchmarks.quality.drawing import draw, float_pictures, make_subject
+from benchmarks.quality.judging import features_of
 from benchmarks.quality.metrics import frechet, gaussian
 from benchmarks.record import Json
 from pipeline.backends.reference import ReferenceEngine
@@ -36,15 +37,17 @@ class FrechetScore:
     def __call__(self) -> Callable[[Individual], float]:
         subject = make_subject(self.name, self.count, self.seed)
         models = CandidateModels(replace(self.candidates, model=subject.model))
-        if self.against == "real":
-            goal = gaussian(real_features(self.name))
-        else:
-            goal = gaussian(judged(self.name, float_pictures(subject, self.folder))[0])
+        judging = subject.judging
+        real = self.against == "real"
+        goal = gaussian(
+            features_of(judging, judging.real() if real else torch.from_numpy(float_pictures(subject, self.folder)))
+        )
 
         def score(individual: Individual) -> float:
             engine = ReferenceEngine(models.module(individual), torch.float32)
             # sums of float32 depend on how many threads share them, and scores must not
             with single_threaded_torch():
-                return frechet(gaussian(judged(self.name, draw(subject, engine.run, "candidate"))[0]), goal)
+                pictures = torch.from_numpy(draw(subject, engine.run, "candidate"))
+                return frechet(gaussian(features_of(judging, pictures)), goal)
 
         return score

@@ -18,11 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.quality import drawing, metrics
-from benchmarks.quality.drawing import Pictures, Subject, Trajectory
+from benchmarks.quality.drawing import Subject, Trajectory
 from benchmarks.quality.engines import calibrated, calibration_key, drawer, refuse_missing_gpu
+from benchmarks.quality.judging import features_of, read
 from benchmarks.quality.metrics import Array
+from benchmarks.quality.painters import Pictures
 from benchmarks.quality.results import stamp
 from benchmarks.quality.rows import Row
 from benchmarks.quality.sensitivity import sensitivity
@@ -50,8 +53,10 @@ def make_base(name: str, count: int, seed: int, work: Path) -> Base:
     """Of the bundled model `name` with `count` pictures."""
     subject = drawing.make_subject(name, count, seed)
     pictures = drawing.float_pictures(subject, work)
-    features, _ = drawing.judged(name, pictures)
-    return Base(subject, pictures, features, drawing.real_features(name), drawing.float_trajectory(subject))
+    features, real = (
+        features_of(subject.judging, part) for part in (torch.from_numpy(pictures), subject.judging.real())
+    )
+    return Base(subject, pictures, features, real, drawing.float_trajectory(subject))
 
 
 def judge_pictures(base: Base, pictures: Pictures) -> Json:
@@ -59,14 +64,13 @@ def judge_pictures(base: Base, pictures: Pictures) -> Json:
     if not np.isfinite(pictures).all():
         broken = int((~np.isfinite(pictures)).any(axis=(1, 2, 3)).sum())
         raise ContractError(f"{broken} of {len(pictures)} pictures hold NaN or Inf")
-    features, read = drawing.judged(base.subject.name, pictures)
-    right = read == base.subject.labels  # [count, slots]
+    seen = read(base.subject.judging, torch.from_numpy(pictures), base.subject.labels)
     return {
-        "frechet_to_real": asdict(metrics.frechet_estimate(features, base.real)),
-        "frechet_increase": asdict(metrics.frechet_increase(features, base.features, base.real)),
-        "frechet_to_float": asdict(metrics.frechet_between(features, base.features)),
-        "accuracy": asdict(metrics.share_estimate(right.all(1).numpy())),
-        "accuracy_by_slot": right.double().mean(0).tolist(),
+        "frechet_to_real": asdict(metrics.frechet_estimate(seen.features, base.real)),
+        "frechet_increase": asdict(metrics.frechet_increase(seen.features, base.features, base.real)),
+        "frechet_to_float": asdict(metrics.frechet_between(seen.features, base.features)),
+        "accuracy": asdict(metrics.share_estimate(seen.all_right.numpy())),
+        "accuracy_by_slot": seen.by_slot,
     }
 
 

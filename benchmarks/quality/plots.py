@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from benchmarks import record
 from benchmarks.quality.results import MEASURED, Results
-from benchmarks.quality.rows import MODELS, TABLES, WIDTHS
+from benchmarks.quality.rows import MODELS, SMALL, TABLES, WIDTHS
 from benchmarks.record import Json
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def draw_all(folder: Path) -> list[Path]:
     documents = {model: Results(model, record.RESULTS).read() for model in MODELS}
     paths = []
     for name in PLOTS:
-        models = TABLES[name].models if name in TABLES else MODELS
+        models = TABLES[name].models if name in TABLES else SMALL
         if panels := {model: documents[model] for model in models if documents[model]["rows"]}:
             paths.append(draw(name, panels, folder))
     return paths

@@ -16,7 +16,7 @@ from benchmarks import record
 from benchmarks.quality import adaround_table, attention_table
 from benchmarks.quality.answers import ANSWERS, sensitivity_answers
 from benchmarks.quality.results import FLOAT, MEASURED, Results
-from benchmarks.quality.rows import MODELS, PARTS, TABLES, WIDTHS, Table
+from benchmarks.quality.rows import MODELS, PARTS, SMALL, TABLES, WIDTHS, Table
 from benchmarks.record import Json, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,9 +101,9 @@ def page() -> str:
     ]
     for table in TABLES.values():
         parts += [f"## {table.question}"]
-        if set(table.models) != set(MODELS):
+        if table.models != SMALL:
             models = ", ".join(f"`{name}`" for name in table.models)
-            parts += [f"Measured on {models} alone; the first table has both models."]
+            parts += [f"Measured on {models} alone; the first table has both models of pixels."]
         parts += picture(table.name)
         shown = {model: known[model]["rows"] for model in known if model in table.models}
         parts += [table_text(table, model, rows) for model, rows in shown.items() if rows]
@@ -192,13 +192,13 @@ SHORT = (
 
 
 def short_table(names: Sequence[str] = ()) -> str:
-    """Methods by width, for both models: distance to float, and PSNR. names: of the lines shown; none: all of them."""
-    by_model = {model: Results(model, record.RESULTS).read()["rows"] for model in MODELS}
+    """Methods by width, for both models of pixels: distance to float, PSNR. names: of the lines shown, else all."""
+    by_model = {model: Results(model, record.RESULTS).read()["rows"] for model in SMALL}
     if not any(by_model.values()):
         return "Not measured yet: run `python -m benchmarks.quality`."
-    header = ["method", *(f"`{model}` {width.upper()}" for model in MODELS for width in WIDTHS)]
+    header = ["method", *(f"`{model}` {width.upper()}" for model in SMALL for width in WIDTHS)]
     labels = {line.name: line.label for line in TABLES["methods"].lines}
-    columns = [(by_model[model], width) for model in MODELS for width in WIDTHS]
+    columns = [(by_model[model], width) for model in SMALL for width in WIDTHS]
     cells = {name: [short_cell(rows.get(f"{name}-{width}")) for rows, width in columns] for name in names or labels}
     return markdown(header, [[labels[name], *cells[name]] for name in cells])
 

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from benchmarks import record
-from benchmarks.quality.drawing import Subject, draw, float_engine, judged, real_features
+from benchmarks.quality.drawing import Subject, draw, float_engine
+from benchmarks.quality.judging import features_of
 from benchmarks.quality.metrics import frechet, gaussian
+from benchmarks.quality.painters import PixelPainter
 from benchmarks.record import Json
 from benchmarks.zoo import judges
 from benchmarks.zoo.publish import ZOO
@@ -64,9 +66,9 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Jso
     size = model.config["sample_size"]
     shape = (len(prompts), model.config["in_channels"], size, size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(arguments.seed)).numpy()
-    subject = Subject(name, model, generation, labels, prompts, noise, arguments.seed)
-    pictures = draw(subject, float_engine(subject).run, f"{name} pictures")
-    (features, read), real = judged(name, pictures), real_features(name)
+    subject = Subject(name, model, PixelPainter(generation, noise), labels, prompts, arguments.seed)
+    pictures = torch.from_numpy(draw(subject, float_engine(subject).run, f"{name} pictures"))
+    real, read = features_of(subject.judging, subject.judging.real()), judges.load(name).read(pictures)
     document = {
         "model": name,
         "training": record.read(folder / "training.json"),
@@ -77,11 +79,11 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Jso
         "guidance_scale": generation.guidance_scale,
         "seed": arguments.seed,
         "accuracy": accuracy(name, labels, read),
-        "frechet_distance_to_held_out": frechet(gaussian(features), gaussian(real)),
+        "frechet_distance_to_held_out": frechet(gaussian(features_of(subject.judging, pictures)), gaussian(real)),
         "held_out_count": len(real),
         "judge_test_accuracy": judges.own_accuracy(judges.JUDGES[name], judges.load(name)),
     }
-    return document, torch.from_numpy(pictures)
+    return document, pictures
 
 
 def main() -> None:

@@ -33,8 +33,15 @@ def find(source: str) -> tuple[Path, str]:
     )
 
 
+def zoo_models() -> list[str]:
+    """Names of the models, and of the pipelines, that come with the package."""
+    return sorted(
+        {path.parent.name for index in ("config.json", "model_index.json") for path in ZOO.glob(f"*/{index}")}
+    )
+
+
 def _zoo_folder(name: str) -> Path:
-    bundled = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+    bundled = zoo_models()
     if name not in bundled:
         raise ModelError(f"zoo:{name} is not a bundled model; use one of {', '.join(f'zoo:{row}' for row in bundled)}")
     return ZOO / name

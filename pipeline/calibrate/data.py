@@ -18,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from export.cache_folder import cache_folder
-from export.documents import Rules, read_text, sha256, whole_file
+from export.documents import Rules, sha256, whole_file
 from export.errors import ModelError, RecipeError
 from pipeline.backends.base import Arrays
 from pipeline.files import sha256_json, write_json
 from pipeline.generate import pipeline_folder
 from pipeline.generate.case import AnyCase, Case, example_prompts, make_case
 from pipeline.generate.conditioning import GENERATION_FILE, load_generation
+from pipeline.generate.example_prompts import prompt_lines
 from pipeline.progress import track
 from pipeline.recipe import Recipe
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from export.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
-PROMPTS_RULES = Rules(RecipeError, "give a text file with one prompt per line")
+PROMPTS_RULES = Rules(RecipeError, "calibrate.prompts takes a text file with one prompt per line")
 ORIGIN_FILE = "data.json"
 FORMAT_VERSION = 2  # of the folder; raise it when the same origin gives other calls
 # Prompts sampled at a time; with guidance a call holds twice as many samples.
@@ -118,10 +119,7 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
                 f"calibrate.prompts: nothing encodes prompts for {model.source}; give the folder of its whole "
                 f"diffusers pipeline ({pipeline_folder.INDEX} and all it lists), or a model with {GENERATION_FILE}"
             )
-        lines = [line.strip() for line in read_text(path, PROMPTS_RULES).splitlines()] if path.exists() else []
-        prompts = [line for line in lines if line]
-        if not prompts:
-            raise RecipeError(f"calibrate.prompts: {path} has no prompt; give a text file with one prompt per line")
+        prompts = prompt_lines(path, PROMPTS_RULES)
         return tuple(prompts[i % len(prompts)] for i in range(settings.size))
     if root is not None:
         return tuple(pipeline_folder.example_prompts(model, settings.size, settings.seed + SEED_OFFSET))

@@ -27,8 +27,8 @@ class PipelineSource:
 
     name: of the bundle. class_name: of the diffusers pipeline. index: its model_index.json. engines: what loads the
     engine of a component, by its name, as "text_encoder". transformer, vae: configurations of diffusers. tokenizers:
-    tokenizer.json files by the names of their components. scheduler: scheduler_config.json. height, width: of a picture
-    in pixels, that the engines were made for; None: the model's own.
+    tokenizer.json files by the names of their components. scheduler: scheduler_config.json. prompts: texts that it
+    draws. height, width: of a picture in pixels, that the engines were made for; None: the model's own.
     """
 
     name: str
@@ -39,6 +39,7 @@ class PipelineSource:
     vae: Config
     tokenizers: Mapping[str, Path]
     scheduler: Path
+    prompts: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
 

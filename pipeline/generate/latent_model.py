@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from importlib import resources
 
 import numpy as np
 
@@ -39,7 +38,6 @@ ENCODED_AT_ONCE = 8
 FEW_STEPS = 4
 # Prompts that people are shown.
 EXAMPLES = 6
-CAPTIONS = "captions.txt"
 
 
 class ScheduledSteps:
@@ -105,7 +103,7 @@ class LatentModel:
             raise ContractError(f"{source.name}: its configurations lack {error}; build the bundle again") from error
         self.shared = shared_names(self.inputs)
         self.classes = class_names(source.index)
-        self.examples = tuple(list(self.classes)[:EXAMPLES]) or _captions(EXAMPLES)
+        self.examples = tuple(list(self.classes)[:EXAMPLES]) or source.prompts[:EXAMPLES]
         self.tokenizers = {
             encoder.component: PromptTokenizer.load(source.tokenizers[encoder.tokenizer], encoder.tokens)
             for encoder in row.encoders
@@ -253,12 +251,6 @@ class LatentModel:
     def _look(self, latents: FloatArray, seconds: dict[str, float]) -> FloatArray:
         """The same, roughly and at once; the first ones of all are decoded, for the others to be learned from."""
         return self.preview(latents) if self.preview.is_ready else self._decode(latents, seconds)
-
-
-def _captions(count: int) -> tuple[str, ...]:
-    """Of everyday pictures."""
-    lines = (resources.files("pipeline.generate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
-    return tuple(lines[:count])
 
 
 def _denoiser_inputs(class_name: str, source: PipelineSource) -> tuple[Input, ...]:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
 from pipeline.files import is_out_of_disk, is_out_of_memory, sha256_json
+from pipeline.generate.example_prompts import captions, drawn_prompts, own_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -36,7 +36,6 @@ INDEX = "model_index.json"
 REMEDY = "copy or download it again"
 # Weights of a part, in one file or in shards, without a variant or with one before or behind the shard's number.
 WEIGHTS = re.compile(r"[a-z_]+(\.([\w-]+?))?(-\d+-of-\d+)?(\.([\w-]+))?\.safetensors")
-CAPTIONS = "captions.txt"
 CONFIGURING = (".json", ".txt")
 Keep = Callable[[int, Arrays], None]
 
@@ -168,19 +167,13 @@ def refuse_too_large(root: Path) -> None:
 
 
 def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
-    """Captions of everyday pictures, or for a model of classes the numbers of some, the same for the same seed."""
+    """Prompts of the model's pipeline, or for a model of classes the numbers of some, the same for the same seed."""
     rng = np.random.default_rng(seed)
     for kind, _, classes in (row.fill.partition(":") for row in model.inputs):
         if kind == "class":
             return [str(number) for number in rng.integers(int(classes), size=count)]
-    return captions(count, seed)
-
-
-def captions(count: int, seed: int) -> list[str]:
-    """Captions of everyday pictures, the same for the same seed."""
-    lines = (resources.files("pipeline.generate") / CAPTIONS).read_text(encoding="utf-8").splitlines()
-    order = np.random.default_rng(seed).permutation(len(lines))
-    return [lines[order[i % len(lines)]] for i in range(count)]
+    root = pipeline_root(model)
+    return drawn_prompts(captions() if root is None else own_prompts(root), count, seed)
 
 
 def pipeline_arguments(pipeline: DiffusionPipeline, sampling: Sampling, prompts: Sequence[str]) -> dict[str, object]:

@@ -23,9 +23,10 @@ from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.distance import psnr_db
 from pipeline.generate.components import Components, PipelineSource
 from pipeline.generate.convert_tokenizer import read_tokenizer
+from pipeline.generate.example_prompts import drawn_prompts, own_prompts
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.pipeline_classes import DECODER, PIPELINES, TRANSFORMER
-from pipeline.generate.pipeline_folder import captions, pipeline_arguments, shared_variant
+from pipeline.generate.pipeline_folder import pipeline_arguments, shared_variant
 from pipeline.generate.schedulers.base import SeededNoise
 from pipeline.generate.tiles import Tiles
 from pipeline.parts import AUTOENCODERS, PipelineFolder
@@ -79,7 +80,7 @@ def token_gates(bundle: PipelineBundle, folder: PipelineFolder) -> list[Gate]:
     from pipeline.generate.tokenizer import PromptTokenizer
 
     gates, row = [], PIPELINES[folder.class_name]
-    texts = [*captions(len(TEXTS), SEED), *TEXTS]
+    texts = [*drawn_prompts(own_prompts(folder.root), len(TEXTS), SEED), *TEXTS]
     with bundle.source() as source:
         for encoder in row.encoders:
             own = PromptTokenizer.load(source.tokenizers[encoder.tokenizer], encoder.tokens)(texts)
@@ -203,10 +204,10 @@ def _mover(seed: int) -> Callable[[Arrays], Arrays]:
 
 
 def _prompts(folder: PipelineFolder) -> list[str]:
-    """Captions, or of a model of classes their numbers."""
+    """Of the pipeline, or of a model of classes their numbers."""
     if PIPELINES[folder.class_name].classes:
         return [str(number) for number in range(PROMPTS)]
-    return captions(PROMPTS, SEED)
+    return drawn_prompts(own_prompts(folder.root), PROMPTS, SEED)
 
 
 def _drawn(source: PipelineSource, engines: Mapping[str, Engine], prompts: Sequence[str]) -> NDArray[np.float32]:

@@ -11,12 +11,21 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
 
+from benchmarks.quality import drawing, judging
 from benchmarks.zoo.pixart_scenes import __main__ as command
 from benchmarks.zoo.pixart_scenes import board, parts, picture, reader, stage, text, train
 from benchmarks.zoo.pixart_scenes.captions import caption, captions
-from benchmarks.zoo.pixart_scenes.publish import SIZE_LIMIT_BYTES, publish, refuse_infinite, size_bytes
+from benchmarks.zoo.pixart_scenes.publish import (
+    NAME,
+    READER_FILE,
+    SIZE_LIMIT_BYTES,
+    publish,
+    refuse_infinite,
+    size_bytes,
+)
 from benchmarks.zoo.pixart_scenes.stage import Stage
 from benchmarks.zoo.pixart_scenes.text import MAX_LENGTH, load_tokenizer
+from export.models.load import load
 from pipeline.generate.convert_tokenizer import convert_tokenizer
 from pipeline.generate.schedulers.config import SCHEDULERS
 from pipeline.generate.tokenizer import TOKENIZER_FILE, PromptTokenizer
@@ -280,6 +289,7 @@ def test_the_scheduler_is_one_that_the_run_time_has(published):
 
 def test_the_card_tells_of_all_stages(published):
     card = (published / "README.md").read_text()
+    assert len((published / "prompts.txt").read_text().splitlines()) == 500
     assert "| denoiser | 4 | 4 | 3 |" in card and "| count |" in card and "seed 1" in card
 
 
@@ -288,6 +298,63 @@ def test_a_weight_that_overflows_fp16_is_refused(published):
     pipeline.transformer.proj_out.bias.data[0] = 1e5
     with pytest.raises(ValueError, match=r"transformer: proj_out\.bias is not finite in fp16"):
         refuse_infinite(pipeline)
+
+
+# --- as a subject of the quality tables -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def subject(published):
+    """Four held-out scenes of the tiny pipeline, judged by the reader that is published with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "LABELS", 4)
+        patch.setattr(judging.Scenes, "judge_path", published / READER_FILE)
+        patch.setattr(drawing, "load", lambda _: load(str(published)))
+        patch.setattr(drawing, "PLAN", TINY)
+        yield drawing.make_subject(NAME, 4, 7)
+
+
+def test_its_pictures_are_those_of_the_pipeline_with_that_denoiser(subject, published):
+    own = drawing.draw(subject, drawing.float_engine(subject).run, "test")
+    pipeline = PixArtAlphaPipeline.from_pretrained(published, local_files_only=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(7, 11)]
+    images = pipeline(
+        subject.prompts, num_inference_steps=2, guidance_scale=picture.GUIDANCE, generator=generators,
+        output_type="np", use_resolution_binning=False,
+    ).images  # fmt: skip
+    np.testing.assert_allclose(own.transpose(0, 2, 3, 1), images * 2 - 1, atol=1e-4)
+    other = drawing.draw(subject, lambda inputs: {"sample": np.zeros_like(inputs["hidden_states"])}, "test")
+    assert np.abs(other - own).max() > 0.01
+
+
+def test_its_trajectory_has_both_halves_of_every_step(subject):
+    trajectory = drawing.float_trajectory(subject)
+    assert [len(call["timestep"]) for call in trajectory.calls] == [8, 8]
+    assert min(trajectory.errors_db(drawing.float_engine(subject).run)) == float("inf")
+
+
+def test_what_decides_its_pictures_is_in_its_facts(subject, published):
+    facts = subject.facts
+    assert facts["sampler"] == "DPMSolverMultistepScheduler" and facts["n_steps"] == 2 and facts["count"] == 4
+    path = published / "scheduler" / "scheduler_config.json"
+    before = path.read_text()
+    path.write_text(before.replace('"flow_shift": 1.0', '"flow_shift": 2.0'))
+    assert subject.facts["parts"] != facts["parts"]
+    path.write_text(before)
+
+
+def test_a_slot_counts_where_a_caption_asks_for_it():
+    right = torch.tensor([[True, False], [True, True], [False, False]])
+    asked = torch.tensor([[True, False], [True, True], [True, False]])
+    seen = judging.Reading(np.zeros((3, 1)), right, asked)
+    assert seen.all_right.tolist() == [True, True, False]
+    assert seen.by_slot == pytest.approx([2 / 3, 1.0])
+
+
+def test_what_its_reader_sees_has_the_slots_of_captions(subject):
+    real = subject.judging.real()[:4]
+    seen = judging.read(subject.judging, real, subject.labels)
+    assert seen.right.shape == seen.asked.shape == (4, len(reader.SLOTS)) and seen.features.shape == (4, 128)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

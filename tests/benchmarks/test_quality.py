@@ -29,7 +29,7 @@ from benchmarks.quality.metrics import (
     ssim,
 )
 from benchmarks.quality.results import FAILED, FLOAT, MEASURED, UNAVAILABLE, Results, row_key
-from benchmarks.quality.rows import CHANNEL, MODELS, TABLES, Line, Row, rows_of
+from benchmarks.quality.rows import CHANNEL, MODELS, SMALL, TABLES, Line, Row, rows_of
 from benchmarks.quality.sensitivity import PartlyQuantized, cases, mean_noise_db
 from export import checkpoint
 from export.errors import EnvironmentLacksError, ModelError, RecipeError
@@ -171,7 +171,7 @@ def test_the_default_recipe_has_rows_of_smaller_groups_and_of_its_full_preset():
     assert TABLES["full_default"].models == ("pixart_mini",)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SMALL)
 def test_a_measured_row_is_known_by_what_its_recipe_is_today(model):
     """Else it would be measured again: a default that changes must be pinned in the rows."""
     results = Results(model, record.RESULTS)
@@ -206,8 +206,9 @@ def test_the_key_follows_every_setting_and_the_subject():
 def test_fewer_pictures_are_the_first_of_more():
     few, more = drawing.make_subject("dit_mini", 2, 0), drawing.make_subject("dit_mini", 3, 0)
     assert few.prompts == more.prompts[:2] and (few.labels == more.labels[:2]).all()
-    np.testing.assert_array_equal(few.noise, more.noise[:2])
-    assert not np.array_equal(few.noise, drawing.make_subject("dit_mini", 2, 1).noise)
+    noise, longer = few.painter.noise, more.painter.noise
+    np.testing.assert_array_equal(noise, longer[:2])
+    assert not np.array_equal(noise, drawing.make_subject("dit_mini", 2, 1).painter.noise)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def trajectory():
 
 
 def test_the_float_model_has_no_error_on_its_own_trajectory(subject, trajectory):
-    assert len(trajectory.calls) == subject.generation.n_steps
+    assert len(trajectory.calls) == subject.painter.generation.n_steps
     assert min(trajectory.errors_db(drawing.float_engine(subject).run)) == math.inf
 
 

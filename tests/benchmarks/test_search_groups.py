@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.quality import drawing as quality_drawing
 from benchmarks.quality import search_groups
-from benchmarks.quality.drawing import draw, float_engine, judged, make_subject
+from benchmarks.quality.drawing import draw, float_engine, make_subject
+from benchmarks.quality.judging import features_of
 from benchmarks.quality.metrics import frechet, gaussian
-from benchmarks.zoo import judges
 from export.errors import RecipeError
 from pipeline import recipe as recipes
 from pipeline.backends.reference import ReferenceEngine, fake_quant
@@ -54,10 +54,10 @@ def test_a_candidate_costs_the_distance_of_its_pictures(against, tmp_path):
         for plan, size in zip(plans, individual, strict=True)
     ]
     pictures = draw(subject, ReferenceEngine(fake_quant(subject.model, layers, torch.float32)).run, "test")
-    others = judges.JUDGES["dit_mini"].test()[1].numpy()
+    others = subject.judging.real().numpy()
     if against == "float":
         others = draw(subject, float_engine(subject).run, "test")
-    expected = frechet(*(gaussian(judged("dit_mini", part)[0]) for part in (pictures, others)))
+    expected = frechet(*(gaussian(features_of(subject.judging, torch.from_numpy(part))) for part in (pictures, others)))
     assert score(individual) == pytest.approx(expected, rel=1e-3)
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from export.errors import ModelError, RecipeError, ResourceError
 from pipeline import machine
 from pipeline.generate import pipeline_folder
+from pipeline.generate.example_prompts import PROMPTS_FILE
 from pipeline.generate.pipeline_folder import (
     example_prompts,
     float32_bytes,
@@ -94,17 +95,19 @@ def test_parts_larger_than_the_memory_are_refused(root: Path, monkeypatch: pytes
             refuse_too_large(root)
 
 
-def reading(fill: str) -> Any:
+def reading(fill: str, folder: Path) -> Any:
     """A model with one input of this kind."""
-    return SimpleNamespace(inputs=[SimpleNamespace(fill=fill)])
+    return SimpleNamespace(inputs=[SimpleNamespace(fill=fill)], folder=folder)
 
 
 def test_prompts_are_captions_or_numbers_of_classes(root: Path) -> None:
-    texts, labels = (reading(fill) for fill in ("normal", "class:10"))
+    texts, labels = (reading(fill, root / "transformer") for fill in ("normal", "class:10"))
     captions, classes = example_prompts(texts, 5, seed=3), example_prompts(labels, 5, seed=3)
     assert len(set(captions)) == 5 and all(" " in caption for caption in captions)
     assert {int(name) for name in classes} <= set(range(10))
     assert captions == example_prompts(texts, 5, seed=3) != example_prompts(texts, 5, seed=4)
+    (root / PROMPTS_FILE).write_text("a ring\na cat\n")
+    assert set(example_prompts(texts, 5, seed=3)) == {"a ring", "a cat"}, "those of the pipeline's file"
 
 
 def test_prompts_become_arguments_of_their_pipeline() -> None:

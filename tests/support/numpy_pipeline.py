@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from pipeline.backends.base import Arrays
 from pipeline.generate.components import PipelineSource
+from pipeline.generate.example_prompts import captions
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "ring", "cat")
 CHANNELS, SIDE, CELL, WIDTH = 4, 4, 2, 6
@@ -132,5 +133,6 @@ def make_source(folder: Path, log: Log, class_name: str = "PixArtAlphaPipeline",
         vae=VAE,
         tokenizers={} if is_dit else {"tokenizer": write_tokenizer(folder / "tokenizer.json")},
         scheduler=scheduler,
+        prompts=captions(),
     )
     return replace(source, **changes)

@@ -18,11 +18,13 @@ from benchmarks.zoo.pixart_scenes.picture import GUIDANCE, draw, pipeline_of, sa
 from benchmarks.zoo.pixart_scenes.stage import EMA_DECAY, read_state
 from benchmarks.zoo.pixart_scenes.train import DROP_SHARE, KL_WEIGHT, Plan, trained
 from pipeline.files import write_json
+from pipeline.generate.example_prompts import PROMPTS_FILE
 
 logger = logging.getLogger(__name__)
 NAME = "pixart_scenes"
 SIZE_LIMIT_BYTES = 20_000_000
 READER_FILE = "reader.safetensors"
+PROMPTS = 500  # of scenes that were trained on: what a quantized model is calibrated with
 PARTS = ("text_encoder", "transformer", "vae")
 
 
@@ -91,6 +93,8 @@ def publish(plan: Plan, work_dir: Path, folder: Path, seed: int, count: int) -> 
     _open_in_float32(folder / "text_encoder" / "config.json")
     judge = trained(plan.reader, reader.Reader(), work_dir)
     save_file(judge.state_dict(), folder / READER_FILE, metadata={"format": "pt"})
+    scenes = board.sample_split(PROMPTS, torch.Generator().manual_seed(seed))
+    (folder / PROMPTS_FILE).write_text("\n".join([*captions(scenes), ""]), encoding="utf-8")
     write_json(folder / "training.json", facts)
     pipeline.to(torch.float32)  # the values that fp16 holds
     document, drawn = measure(pipeline, judge, count, plan.n_steps, seed)
