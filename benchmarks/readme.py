@@ -20,8 +20,11 @@ from benchmarks.gpu.targets import cells, judged
 from benchmarks.quality.tables import SHORT, short_table
 from benchmarks.record import RESULTS, Json, markdown, read
 from benchmarks.tools.matrix import FORMS, TOOLS
+from benchmarks.zoo.pixart_scenes.publish import NAME as SCENES
+from benchmarks.zoo.pixart_scenes.reader import SLOTS
 from export.formats.format import FORMATS
 from export.formats.operands import HARDWARE, embeds, exact_multipliers
+from export.models.sources import ZOO
 from pipeline.__main__ import VERBS
 from pipeline.bench.contest import FIRST_STEP
 from pipeline.bench.profile import ATTENTION, BETWEEN, BYTE_ATTENTION, GEMM, REST
@@ -71,7 +74,7 @@ def methods() -> str:
 
 
 def bundled_models() -> str:
-    """One row for each bundled model, from the judge's JSON."""
+    """One row for each bundled model, from the judge's JSON, and for the pipeline, from its own."""
     rows = []
     for path in sorted(RESULTS.glob("zoo_*.json")):
         quality = read(path)
@@ -80,6 +83,10 @@ def bundled_models() -> str:
         rows.append(
             [f"`{quality['model']}`", size, quality["conditions"], quality["count"], f"{worst:.1%}", f"{judge:.1%}"]
         )
+    facts, quality = (read(ZOO / SCENES / name) for name in ("training.json", "quality.json"))
+    size = f"{sum(facts['parameters'].values()) / 1e6:.1f} M"
+    least = (f"{min(quality[key][slot] for slot in SLOTS):.1%}" for key in ("accuracy", "accuracy_of_scenes"))
+    rows.append([f"`{SCENES}`", size, quality["conditions"], quality["count"], *least])
     header = ["model", "parameters", "pictures of", "count", "right (least of all slots)", "the judge's own accuracy"]
     return markdown(header, rows)
 
