@@ -443,8 +443,10 @@ def _tolerated(row: Tolerance) -> str:
     if row.ignore:
         return "not compared"
     amounts = [f"{row.absolute:g}" if row.absolute else "", f"{100 * row.relative:g} %" if row.relative else ""]
-    enough = f"; {row.enough:g} is enough" if row.enough is not None else ""
-    return (" + ".join(filter(None, amounts)) or "nothing") + enough
+    worse = " + ".join(filter(None, amounts)) or "nothing"
+    if row.enough is None:
+        return worse
+    return f"{worse}; {'the limit of the baseline' if row.enough == 'limit' else format(row.enough, 'g')} is enough"
 
 
 PARTS: dict[str, Callable[[], str]] = {

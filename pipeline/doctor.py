@@ -16,6 +16,7 @@ from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import BACKENDS
 from pipeline.backends.base import Check
+from pipeline.bundle.hub import CLIENT
 from pipeline.command import Answer, Parser, Table, parser, run
 from pipeline.signals import leave
 
@@ -50,9 +51,15 @@ def _tool_check(module: str) -> Check:
     return Check(module, find_spec(module) is not None, version, needed, f"pip install {package}")
 
 
-def server_checks() -> list[Check]:
-    """Whether `serve` can run, and with --ray."""
-    return [_extra_check("serve", "serve", machine.SERVER), _extra_check("serve --ray", "ray", machine.RAY)]
+def extra_checks() -> list[Check]:
+    """What needs an extra, and whether that is installed."""
+    return [
+        _extra_check("serve", "serve", machine.SERVER),
+        _extra_check("serve --ray, sweep --ray", "ray", machine.RAY),
+        _extra_check("push, hf://OWNER/NAME", "hub", CLIENT),
+        _extra_check("verify --polygraphy", "polygraphy", ("polygraphy",)),
+        _extra_check("calibrating with ModelOpt", "modelopt", ("modelopt",)),
+    ]
 
 
 def _extra_check(name: str, extra: str, modules: tuple[str, ...]) -> Check:
@@ -97,7 +104,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
     """Answer with all checks; exit 3 if something is missing that is needed: by the default build where the compiler is
     installed, by a bundle in any case."""
     compiler = find_spec(SIGN_OF_THE_COMPILER) is not None
-    checks = [*tool_checks(), *target_checks(), *server_checks(), *machine_checks(), recipe_check(), model_check()]
+    checks = [*tool_checks(), *target_checks(), *extra_checks(), *machine_checks(), recipe_check(), model_check()]
     if not compiler:
         checks = [replace(check, needed=check.name in RUNNING) for check in checks]
     missing = [check.name for check in checks if check.needed and not check.ok]

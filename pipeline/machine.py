@@ -31,11 +31,12 @@ TOOLS = (
 )  # fmt: skip
 # What the compiler needs beside the run-time part, and the extra `build` installs; a bundle runs without any of it.
 COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "jinja2")
-# What `serve` needs and the extra `serve` installs, and what `serve --ray` needs beside it, of the extra `ray`.
+# What `serve` needs and the extra `serve` installs, and what --ray of any verb needs beside, of the extra `ray`.
 SERVER, RAY = ("fastapi", "prometheus_client", "uvicorn"), ("ray",)
 # The distribution that installs the module onnxruntime for NVIDIA GPUs: by it alone the CPU's targets run, too.
 ONNXRUNTIME_GPU = "onnxruntime-gpu"
-OTHER_DISTRIBUTIONS = {"onnxruntime": (ONNXRUNTIME_GPU,), "modelopt": ("nvidia-modelopt",)}
+OTHER_DISTRIBUTIONS = {"onnxruntime": (ONNXRUNTIME_GPU,)}
+DISTRIBUTIONS = {"modelopt": "nvidia-modelopt"}  # of modules that are called otherwise
 SOURCES = (".py", ".c", ".h")
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
@@ -43,7 +44,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_i
 
 def distribution(module: str) -> str:
     """What pip calls the package of a module."""
-    return module.replace("_", "-")
+    return DISTRIBUTIONS.get(module, module.replace("_", "-"))
 
 
 def installed_version(name: str) -> str:

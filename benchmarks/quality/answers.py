@@ -258,8 +258,9 @@ def steps_text(cases: Cases) -> str:
 
 MODELOPTS = """Rows of ModelOpt: `mtq.quantize` calibrates in these formats, as a backend of it rounds
 (`pipeline/calibrate/modelopt/backend.py`), on the calibration calls that all methods see; its result is taken over
-number for number. Its SVDQuant has a branch in float32, ours in float16, so that a rank takes twice the bytes.
-Measured with"""
+number for number: scales and multipliers of groups are the smallest that clip no more than its amax says, where ours
+are searched for the least squared error. Its SVDQuant has a branch in float32, ours in float16, so that a rank takes
+twice the bytes. Measured with"""
 # Of the formats of the default recipe, with their groups of 64 and with groups of 16.
 DEFAULT_SMALLER = "rtn-fp-exact16"
 SAME_NAME = {

@@ -20,8 +20,9 @@ PLAIN, MIXED = "formats.weight_of={}", 'formats.weight_of={"ff.in" = "E3M0"}'
 CHANNEL = ("weights.granularity=per_channel",)
 # Attention of rows that do not name its formats, whatever their recipe has for it.
 FLOAT_ATTENTION = ("attention.qk=float", "attention.pv=float")
-# Of the records of sensitivity: what is quantized of the linears, and their kind if it is none in particular.
+# One of ModelOpt, as `mtq.quantize` takes it: its method, and options of that.
 Algorithm = Mapping[str, str | int]
+# Of the records of sensitivity: what is quantized of the linears, and their kind if it is none in particular.
 PARTS = WEIGHTS, ACTIVATIONS, BOTH = "weights", "activations", "both"
 ALL = "all"
 
@@ -279,7 +280,9 @@ EQUAL_BYTES = Table(
         Line("GPTQ", "qdit-fp-exact16", method("qdit", exact(16), activations="per_token"), None, ("w4a6",)),
         Line("AWQ", "awq-fp-exact16", method("awq", exact(16)), None, ("w4a6",)),
         Line("SVDQuant, rank 2", "svdquant-fp-rank2", method("svdquant", exact(64), rank=2), None, ("w4a6",)),
+        of_modelopt("round to nearest", "max-exact16", exact(16), "max"),
         of_modelopt("clipped by squared error", "mse-exact16", exact(16), "mse"),
+        of_modelopt("GPTQ", "gptq-exact16", exact(16), "gptq"),
         of_modelopt("AWQ", "awq-exact16", exact(16), "awq_lite"),
         of_modelopt("SVDQuant, rank 1", "svdquant-rank1", exact(64), "svdquant", lowrank=1),
     ),

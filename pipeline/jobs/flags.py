@@ -40,7 +40,7 @@ def chosen(args: argparse.Namespace, what: str, cpus: int | None = None) -> Iter
         raise RecipeError(f"--cpus-per-job {args.cpus_per_job}; use 1 to {MOST_UNITS}")
     if not (0 <= gpus <= MOST_UNITS and (gpus <= 1 or gpus.is_integer())):
         raise RecipeError(f"--gpus-per-job {gpus:g}; use 0, a part of one as 0.5, or a whole number")
-    machine.require(("ray",), f"{what} with --ray", "ray")
+    machine.require(machine.RAY, f"{what} with --ray", "ray")
     from pipeline.jobs.ray_jobs import Cluster, whole_machines
     from pipeline.serve.cluster import joined
 

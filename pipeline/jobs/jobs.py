@@ -94,6 +94,9 @@ class Spread(ABC, Generic[Place]):
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """As a Runner. A job is sent when the one that it waits for has ended."""
+        names = {job.name for job in jobs}
+        lost = [f"{job.name} waits for {job.after}" for job in jobs if job.after and job.after not in names]
+        assert not lost, f"{lost[0]}, which is none of these jobs and never ends"
         waiting, running, over = list(jobs), dict[Place, tuple[Job, int]](), dict[str, Ended]()
         while waiting or running:
             held = []

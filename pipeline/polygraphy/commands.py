@@ -120,7 +120,7 @@ class Target:
             words += ("--data-loader-script", f"{FEEDS}:{feeds[-1].function}")
             if file == MODEL:
                 words += _compared(EXPECTED, self.graphs_db)
-                commands.append(Command(f"{file}, of what stands above.", words))
+                commands.append(Command(f"{file}, of what stands above." if saved else f"{file}.", words))
                 break
             saved.append(f"{self.name}.{part}.json")
             why = f"{file}, whose results {MODEL} reads."

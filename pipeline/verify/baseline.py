@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from export.documents import MOST_TOML_BYTES, Rules, check_version, listed, parse_toml, plain, read_text, validated
 from export.errors import RecipeError
 from pipeline.verify.record import GATES, SPEED, Number, Record
+from pipeline.verify.report import number
 
 FILE = Path(__file__).with_name("tolerances.toml")
 SCHEMA_VERSION = 1
@@ -36,7 +37,7 @@ class ToleranceRow(TypedDict):
     why: Annotated[str, MinLen(1)]
     absolute: NotRequired[Amount]
     relative: NotRequired[Amount]
-    enough: NotRequired[Annotated[float, Ge(-1e12), Le(1e12)]]
+    enough: NotRequired[Annotated[float, Ge(-1e12), Le(1e12)] | Literal["limit"]]
     ignore: NotRequired[bool]
 
 
@@ -52,15 +53,20 @@ class Tolerance:
     """By how much the numbers called `of` (a name, with * for any letters) may be worse than the baseline's.
 
     absolute: by so much, in their unit. relative: by this share of the baseline's. Both add up. enough: a number that
-    is at least as good as this one is not asked to be any better. ignore: they are not compared at all.
+    is at least as good as this one is not asked to be any better; "limit": as the one that the baseline's gate had.
+    ignore: they are not compared at all.
     """
 
     of: str
     why: str
     absolute: float = 0.0
     relative: float = 0.0
-    enough: float | None = None
+    enough: float | Literal["limit"] | None = None
     ignore: bool = False
+
+    def enough_beside(self, baseline: Number) -> float | None:
+        """What is good enough, None where nothing is but the baseline's own value."""
+        return baseline.limit if self.enough == "limit" else self.enough
 
     def allowed(self, baseline: float) -> float:
         """What a number may be worse by; an infinite one has no share."""
@@ -89,8 +95,8 @@ class Compared:
             return f"{self.name}: {self.why}"
         unit = f" {self.value.unit}".rstrip()
         return (
-            f"{self.name} = {self.value.value:g}{unit}, baseline {self.baseline.value:g}{unit}: worse by "
-            f"{self.worse_by:g}, {self.allowed:g} is tolerated"
+            f"{self.name} = {number(self.value.value)}{unit}, baseline {number(self.baseline.value)}{unit}: worse by "
+            f"{number(self.worse_by)}, {number(self.allowed)} is tolerated"
         )
 
     def document(self) -> dict[str, object]:
@@ -213,6 +219,6 @@ def _worse_by(before: Number, now: Number, tolerance: Tolerance) -> float:
         return math.inf
     sign = 1.0 if now.at_most else -1.0
     good, value = sign * before.value, sign * now.value  # less is better
-    if tolerance.enough is not None:
-        good, value = max(good, sign * tolerance.enough), max(value, sign * tolerance.enough)
+    if (enough := tolerance.enough_beside(before)) is not None:
+        good, value = max(good, sign * enough), max(value, sign * enough)
     return 0.0 if value == good else value - good

@@ -16,7 +16,7 @@ from pipeline.verify.record import BYTES, GATES, SPEED, AnyBundle, components
 KINDS = {GATES: "Gates", BYTES: "Bytes", SPEED: "Speed"}
 # Columns that stand before the targets'.
 FIRST = ("float", "reference")
-EQUAL = "The same prompts from the same noise. The difference is amplified around grey."
+EQUAL = "The same prompts from the same noise."
 OTHER = "Model, size, steps, seed or guidance differ, so the pictures need not be alike."
 
 

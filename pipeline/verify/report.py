@@ -176,7 +176,7 @@ class Report:
 
 
 def number(value: float) -> str:
-    """Six digits are enough for people; shares close to 1 keep what matters."""
+    """Four digits are enough for people, of large numbers all before the point; shares close to 1 keep what matters."""
     if math.isnan(value):
         return "-"
     if math.isinf(value):

@@ -103,7 +103,7 @@ def test_the_page_shows_both_side_by_side(pair: tuple[Path, Path], tmp_path: Pat
         "cpu/gemm_exact",
         "FAILED",
         "Layers that differ: 1",
-        EQUAL,
+        f"{EQUAL} B - A is amplified",
     ):
         assert text in html, text
     assert "http" not in html and "src='report" not in html, "nothing comes from elsewhere"

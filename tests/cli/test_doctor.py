@@ -113,15 +113,19 @@ def test_without_tensorrt_the_plugins_are_those_of_the_table(
     assert row.remedy == "only needed for the target trt; target trt needs tensorrt" and row.found.endswith("not run")
 
 
-def test_what_the_server_needs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = {"uvicorn", "ray"}
+def test_what_extras_install_is_a_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {"uvicorn", "ray", "modelopt"}
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in absent else object())
     monkeypatch.setattr(machine, "tool_version", lambda name: "1.2")
-    serve, ray = doctor.server_checks()
-    assert serve == Check("serve", False, "no uvicorn", False, "pip install 'ditc[serve]'")
-    assert ray == Check("serve --ray", False, "no ray", False, "pip install 'ditc[ray]'")
+    rows = {row.name: row for row in doctor.extra_checks()}
+    assert rows["serve"] == Check("serve", False, "no uvicorn", False, "pip install 'ditc[serve]'")
+    ray, modelopt = "serve --ray, sweep --ray", "calibrating with ModelOpt"
+    assert rows[ray] == Check(ray, False, "no ray", False, "pip install 'ditc[ray]'")
+    assert rows[modelopt] == Check(modelopt, False, "no nvidia-modelopt", False, "pip install 'ditc[modelopt]'")
+    assert rows["verify --polygraphy"].ok
     absent.clear()
-    assert [row.found for row in doctor.server_checks()] == [
-        "fastapi 1.2, prometheus-client 1.2, uvicorn 1.2", "ray 1.2"
+    assert [row.found for row in doctor.extra_checks()] == [
+        "fastapi 1.2, prometheus-client 1.2, uvicorn 1.2", "ray 1.2", "huggingface-hub 1.2", "polygraphy 1.2",
+        "nvidia-modelopt 1.2",
     ]  # fmt: skip
-    assert all(row.ok for row in doctor.server_checks())
+    assert all(row.ok for row in doctor.extra_checks())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tools.environments import CannotBeHadError
 from export.checkpoint import save
 from export.errors import ModelError
 from export.models.load import LoadedModel, load, save_kept
 from pipeline.__main__ import main
 from tests.support import original_weights, tiny
+from tests.support.environments import python_with, without_xdist
 
 pytestmark = pytest.mark.torch
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 State = dict[str, Any]
 ATTENTION = "transformer_blocks.0.attn1"
@@ -228,6 +232,26 @@ def test_nvfp4_is_the_product_of_code_and_scales(pixart, kind):
             code = codes[:, column // 2].long() >> (4 * (column % 2)) & 15
             expected = E2M1[code] * scale[:, column // 16]
             assert torch.equal(loaded[f"{layer}weight"][:, column], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("form", ["float-quantized", "nvfp4-pack-quantized"])
+def test_what_compressed_tensors_writes_is_read_as_it_reads_it(pixart, form, tmp_path):
+    """In the type that it decompresses to, which is narrower than ours."""
+    try:
+        python = python_with("compressed_tensors", "compressed-tensors>=0.20,<0.21")
+    except CannotBeHadError as error:
+        pytest.skip(str(error))
+    words = [str(python), "-m", "tests.support.compressed_tensors_run", str(pixart / WEIGHTS), str(tmp_path)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=without_xdist(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shutil.copyfile(tmp_path / f"{form}.safetensors", pixart / WEIGHTS)
+    configure(pixart, quantization_config={"quant_method": "compressed-tensors", "format": form})
+    model, theirs = load(str(pixart)).module.state_dict(), load_file(tmp_path / f"{form}-back.safetensors")
+    assert len(theirs) == 20 and all(torch.equal(model[key].to(back.dtype), back) for key, back in theirs.items())
 
 
 NVFP4_FAULTS: dict[str, tuple[dict[str, Any], str]] = {

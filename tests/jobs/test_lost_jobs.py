@@ -47,6 +47,11 @@ def test_a_machine_that_cannot_begin_is_not_asked_again(ray: Ray) -> None:
     assert first.tries == 1 and "cannot begin it (No module named 'pipeline')" in first.reason
 
 
+def test_a_job_that_waits_for_none_of_them_is_a_fault_and_no_endless_wait(ray: Ray) -> None:
+    with pytest.raises(AssertionError, match="second waits for first, which is none of these jobs"):
+        list(Cluster(Share(2))([Job("second", partial(int, 2), after="first")]))
+
+
 def test_a_job_takes_the_whole_of_the_smallest_machine(ray: Ray, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(EnvironmentLacksError, match="no machine is in the Ray cluster yet"):
         whole_machines(None, 0.0)

@@ -56,6 +56,7 @@ def test_graphs_run_in_their_order_and_the_last_reads_what_all_gave(name: str) -
 def test_a_graph_alone_needs_nothing_before_it() -> None:
     commands, (feed,) = commands_of(target("cpu", (MODEL,)))
     assert len(commands) == 2 and feed.before == ()
+    assert "above" not in commands[-1].why
 
 
 def test_engines_and_graphs_have_limits_of_their_own() -> None:

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.process]
 ROOT = Path(__file__).parents[2]
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 TOOL = "run_polygraphy.py"
-TARGETS = "cpu,cuda,rtx" if HAS_RTX else "cpu,cuda"
+TARGETS = "cpu,cuda,ort_cuda" + ",rtx" * HAS_RTX
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,9 @@ def compared(output: str) -> list[str]:
     return [line for line in output.splitlines() if "min required" in line]
 
 
-@pytest.mark.parametrize(("target", "comparisons"), [("cpu", 4), ("cuda", 2), ("onnx", 4 + 40), ("rtx", 2)])
+@pytest.mark.parametrize(
+    ("target", "comparisons"), [("cpu", 4), ("cuda", 2), ("ort_cuda", 2), ("onnx", 4 + 40), ("rtx", 2)]
+)
 def test_each_target_is_within_its_limits_in_polygraphy(
     target: str, comparisons: int, folder: Path, installed: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_one_that_fails_ends_no_other_and_resume_does_it_again(capsys: pytest.Ca
     ):
         assert f"href='{address}'" in page and (Path("out") / address).is_file()
     assert page.count("<img") >= 2 and "quant_sqnr_db = " in page
+    assert "amplified" not in page, "differences are on the pages of pairs"
     with Path("out/table.csv").open(newline="") as stream:
         table = {row["name"]: row for row in csv.DictReader(stream)}
     assert float(table["fuzzed-one"]["gates/quant_sqnr_db"]) > 10 and table["fuzzed-fails"]["exit_code"] == "4"
