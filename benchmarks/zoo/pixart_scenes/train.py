@@ -50,7 +50,7 @@ class Plan:
 PLAN = Plan(
     reader=Stage("reader", 3000, 64, 2e-3),
     autoencoder=Stage("autoencoder", 2000, 16, 1e-3, every=500),
-    denoiser=Stage("denoiser", 8000, 32, 6e-4, every=1000),
+    denoiser=Stage("denoiser", 6000, 32, 6e-4, every=1000),
     latents=40_000,
 )
 
