@@ -198,10 +198,12 @@ class QuantizedLinear:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of codes, scales, multipliers (4 bits each) and low-rank branches as stored in the portable model."""
+        """Bytes of codes, scales, multipliers (4 bits each), balance of input channels and low-rank branches as stored
+        in the portable model."""
         multiplier_bytes = 0 if self.multipliers is None else self.out_features * packed_size(4, self.groups)
-        branches = (half_where_exact(array) for array in (self.lora_down, self.lora_up) if array is not None)
-        return self.codes.nbytes + self.scales.nbytes + multiplier_bytes + sum(array.nbytes for array in branches)
+        balance = (array.nbytes for array in (self.input_multiplier, self.input_offset) if array is not None)
+        branches = (half_where_exact(array).nbytes for array in (self.lora_down, self.lora_up) if array is not None)
+        return self.codes.nbytes + self.scales.nbytes + multiplier_bytes + sum(balance) + sum(branches)
 
     @property
     def activation_groups(self) -> int:

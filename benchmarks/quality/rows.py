@@ -271,6 +271,7 @@ EQUAL_FORMATS = Table(
 )
 # A rank takes a number for each channel of input and output, which are 2 bytes of ours and 4 of ModelOpt's branches;
 # groups of 16 instead of 64 take 3/32 of a byte for each weight. At these models' widths ranks of 2 and 1 take as much.
+# The balances of AWQ and SVDQuant come on top, 4 bytes for each channel of an input, and are shown in the table.
 EQUAL_BYTES = Table(
     "equal_bytes",
     "What do they bring, at equal bytes?",

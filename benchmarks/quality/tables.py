@@ -142,7 +142,8 @@ drawn scenes and handwritten digits: the numbers compare methods and formats, an
 - "right": the judge reads in the picture everything that the prompt asks for.
 - PSNR and SSIM compare each picture with float's of the same noise; medians. A picture that took another course early
   is a bad match and may be a good picture, so read them beside the distances.
-- Weights are those of the quantized linears with all scales and multipliers; float's row counts 2 bytes for each.
+- Weights are those of the quantized linears with all scales, multipliers, balances of inputs and low-rank branches;
+  float's row counts 2 bytes for each.
 - A row's proof covers its linears: every code, integer sum, scale and output of each, against the oracle, on calls of
   three steps of two pictures. Whole steps and pictures are compared with the float32 reference on one call alone, whose
   agreement stands below; `pipeline.verify` has gates for them, by float64 runs that these rows have not made.

@@ -62,12 +62,12 @@ ATTENTION_BIAS = r".*\.(attn\d?|cross_attn|self_attn)\..*\.bias"
 # Regex of the name -> what it is, and the remedy. In order: what says most comes first.
 REFUSED = (
     (
-        r".*(lora|hada_|lokr_|dora_|oft_|base_layer|magnitude_vector|\.alpha$).*",
+        r".*((?<!svdquant_)lora|hada_|lokr_|dora_|oft_|base_layer|magnitude_vector|\.alpha$).*",
         "part of an adapter that was not merged",
         MERGE,
     ),
     (
-        r".*(_amax|_quantizer\..*|_zero_point|zeros|g_idx|comfy_quant|absmax|quant_map|quant_state.*|_scale_2|pre_quant_scale)",
+        r".*(_amax|_quantizer\..*|_zero_point|zeros|g_idx|comfy_quant|absmax|quant_map|quant_state.*|_scale_2|pre_quant_scale|svdquant_lora_[ab])",
         "part of a quantized weight in a form that is not read",
         "give the float model",
     ),

@@ -279,6 +279,39 @@ def test_quantizers_of_what_stays_in_float_are_refused(path: str, model: LoadedM
     Taken(model, replace(given, quantizers={**given.quantizers, path: OFF}))
 
 
+@pytest.mark.parametrize("rotation", [True, {"enable": True}])
+def test_rotations_that_disabled_quantizers_make_are_refused(rotation: object, model: LoadedModel) -> None:
+    given = state(model)
+    rotating = {**given.quantizers, "proj_out.input_quantizer": OFF | {"_rotate": rotation}}
+    with pytest.raises(
+        RecipeError, match=r"state: proj_out.input_quantizer rotates its tensor, disabled or not; leave"
+    ):
+        Taken(model, replace(given, quantizers=rotating))
+
+
+def test_an_amax_that_scales_of_run_time_are_not_found_by_is_refused(model: LoadedModel) -> None:
+    """ModelOpt takes it for every token, dynamic or not; our backend looks at none."""
+    name = model.linears()[0].name
+    with pytest.raises(
+        RecipeError, match=rf"state: {name}.input_quantizer finds its scales at run time and has an amax"
+    ):
+        Taken(model, state(model, activation=TOKEN))
+    Taken(model, state(model, activation=own("input", format="E2M3")))
+    given = state(model, activation=TOKEN)
+    tensors = {key: tensor for key, tensor in given.tensors.items() if not key.endswith("input_quantizer._amax")}
+    assert Taken(model, replace(given, tensors=tensors)).layer(name).activation_scaling == "per_token"
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused_by_the_quantizers_name(model: LoadedModel) -> None:
+    """ModelOpt fills the last one up with zeros."""
+    given, name = state(model, INT4_GROUPS), model.linears()[0].name
+    uneven = {**given.quantizers, f"{name}.weight_quantizer": INT4_GROUPS | {"_block_sizes": {-1: 24}}}
+    with pytest.raises(
+        RecipeError, match=rf"state: {name}.weight_quantizer has groups of 24, .* its 64 input channels"
+    ):
+        Taken(model, replace(given, quantizers=uneven))
+
+
 def test_a_missing_amax_is_refused(model: LoadedModel) -> None:
     given, key = state(model), f"{model.linears()[0].name}.input_quantizer._amax"
     tensors = {name: tensor for name, tensor in given.tensors.items() if name != key}
@@ -493,6 +526,9 @@ def test_configurations_say_what_they_cannot_be() -> None:
         backend.quant_config("E2M1", "E2M3", "group")
     with pytest.raises(RecipeError, match="has format 'E9M9'"):
         backend.quant_config("E9M9", "E2M3")
+    for weight in ("E3M2", "E4M3", "E3M4"):
+        with pytest.raises(RecipeError, match=f"has exact_group with {weight}, whose groups no multiplier keeps exact"):
+            backend.quant_config(weight, "E2M3", "exact_group", 16)
 
 
 @pytest.mark.fast

@@ -128,6 +128,9 @@ def test_sizes() -> None:
     assert (one.out_features, one.in_features, one.groups) == (N, K, 3)
     assert one.size_bytes == N * K // 2 + N * 4 + N * 2  # 3 multipliers of 4 bits take 2 bytes
     assert layer("E3M0", "per_channel").size_bytes == N * K // 2 + N * 4
+    ones = np.ones(K, np.float32)
+    assert replace(one, input_multiplier=ones).size_bytes == one.size_bytes + 4 * K
+    assert replace(one, input_multiplier=ones, input_offset=ones).size_bytes == one.size_bytes + 8 * K
 
 
 # --- round trip ----------------------------------------------------------------------------------------------------

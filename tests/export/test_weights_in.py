@@ -389,6 +389,7 @@ REFUSED = {
     f"{ATTENTION}.to_q.weight_scale_inv": "a scale that no weight of the file goes with; give the float model",
     f"{ATTENTION}.to_q.weight_quantizer._amax": "part of a quantized weight in a form that is not read; give the float",
     f"{ATTENTION}.to_q.pre_quant_scale": "part of a quantized weight in a form that is not read; give the float model",
+    f"{ATTENTION}.to_q.svdquant_lora_a": "part of a quantized weight in a form that is not read; give the float model",
     "nothing.input_scale": "a scale that no weight of the file goes with; give the float model",
     f"{ATTENTION}.to_q.input_amax": "part of a quantized weight in a form that is not read; give the float model",
     f"ema.{ATTENTION}.to_q.bias": "a tensor of the model under the prefix 'ema.', which not all of its tensors have",

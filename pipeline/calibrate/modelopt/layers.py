@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -28,6 +28,7 @@ from pipeline.calibrate.modelopt.rounding import (
     Refused,
     WeightRounding,
     input_rounding,
+    is_rotated,
     weight_rounding,
 )
 from pipeline.calibrate.modelopt.state import Settings, State
@@ -120,11 +121,25 @@ class Taken:
                 raise RecipeError(f"{path} is disabled and {both}; enable it, or {KEEP.format(name)}")
         weight = self._read(f"{name}.{WEIGHT}", weight_rounding)
         activation = self._read(f"{name}.{INPUT}", partial(input_rounding, leading=LEADING.get(linear.kind, (2,))))
+        self._refuse_uneven(linear, {WEIGHT: weight.group_size, INPUT: activation.group_size})
         self._amax(f"{name}.{WEIGHT}")
+        if activation.amax_free and self.state.tensor(f"{name}.{INPUT}", "_amax") is not None:
+            fault = f"{name}.{INPUT} finds its scales at run time and has an amax, of a calibration before"
+            raise RecipeError(
+                f"{self.state.source}: {fault}, with which ModelOpt rounds; quantize the float model anew"
+            )
         if activation.scaling == "per_tensor" and (size := self._amax(f"{name}.{INPUT}").size) != 1:
             fault = f"{name}.{INPUT} has {size} values of amax where one belongs"
             raise RecipeError(f"{self.state.source}: {fault}; calibrate it with axis=None")
         return TakenLinear(linear, weight, activation)
+
+    def _refuse_uneven(self, linear: LinearRef, sizes: Mapping[str, int]) -> None:
+        """Groups of weight and input, 0 for none, that do not divide the channels: ModelOpt fills the last one up."""
+        k = linear.module.weight.shape[1]
+        for part, size in sizes.items():
+            if size and k % size:
+                fault = f"{linear.name}.{part} has groups of {size}, which do not divide its {k} input channels"
+                raise RecipeError(f"{self.state.source}: {fault}; quantize with groups of a divisor")
 
     def _read(self, path: str, rounding: Callable[[Settings], R]) -> R:
         try:
@@ -141,6 +156,8 @@ class Taken:
                 raise RecipeError(
                     f"{self.state.source}: {path} is enabled, which has no place here: {known}; disable it"
                 )
+            if path not in taken and is_rotated(settings):
+                raise RecipeError(f"{self.state.source}: {path} rotates its tensor, disabled or not; leave rotate out")
             scale = self.state.tensor(path, "_pre_quant_scale")
             if scale is not None and not (path in taken and path.endswith(INPUT)):
                 raise RecipeError(f"{self.state.source}: {path} has a pre_quant_scale; only inputs of linears have one")

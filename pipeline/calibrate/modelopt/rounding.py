@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from export.checkpoint import Granularity
 from export.errors import RecipeError
 from export.formats.format import Format, get_format, quantize
+from export.formats.operands import exact_multipliers
 from pipeline.calibrate.modelopt.state import Settings
 from pipeline.calibrate.plan import group_multipliers
 from pipeline.calibrate.scales import absmax_scales
@@ -113,12 +114,14 @@ def _refuse_lowest(scaled: F32, fmt: Format, name: str) -> None:
 @dataclass(frozen=True)
 class InputRounding:
     """As the fields of a `QuantizedLinear`; "per_tensor" goes with a calibrated amax. narrow: whether its numbers
-    end where ours do; no input lies beyond an amax that is found at run time."""
+    end where ours do; no input lies beyond an amax that is found at run time. amax_free: of ModelOpt's own that find
+    scales at run time, in the place of which it takes an amax wherever there is one; our backend looks at none."""
 
     format: Format
     scaling: Literal["per_token", "token_group", "per_tensor"]
     group_size: int = 0
     narrow: bool = True
+    amax_free: bool = False
 
 
 class Refused(Exception):
@@ -163,7 +166,7 @@ def input_rounding(settings: Settings, leading: Sequence[int] = (2,)) -> InputRo
                 f"finds scales at run time in blocks, or one for all tokens {found}; activations have one per token, "
                 "block_sizes={-1: None}"
             )
-        return InputRounding(fmt, "per_token")
+        return InputRounding(fmt, "per_token", amax_free=True)
     if blocks or _axes(settings):
         raise Refused("has calibrated scales per channel or block of its input; a static activation has one scale")
     return InputRounding(fmt, "per_tensor", narrow=not fmt.is_integer or bool(settings.get("_narrow_range")))
@@ -189,6 +192,8 @@ def own_weight(arguments: Mapping[str, Any]) -> WeightRounding:
         raise Refused(f"has group_size {size!r} with {granularity}; groups have a size, channels 0")
     multipliers: tuple[int, ...] = (1,)
     if granularity == "exact_group":
+        if not exact_multipliers(fmt.name, ("INT8",)):
+            raise Refused(f"has {granularity} with {fmt.name}, whose groups no multiplier keeps exact; use group")
         multipliers = group_multipliers(fmt.name, _named(arguments, "activation").name)
     return WeightRounding(fmt, cast(Granularity, granularity), size, multipliers, own=True)
 
@@ -240,18 +245,20 @@ def _own_format(settings: Settings) -> Format:
     raise Refused(f"rounds to {_bits(settings)}; of ModelOpt's own there are E4M3, INT4, INT6 and INT8 here")
 
 
+def is_rotated(settings: Settings) -> bool:
+    """Does it rotate its tensor? ModelOpt's do so where they are disabled, too."""
+    rotation = settings.get("_rotate")
+    return bool(rotation.get("enable") if isinstance(rotation, dict) else getattr(rotation, "enable", rotation))
+
+
 def _refuse_strange(settings: Settings) -> None:
     """What no format says: it changes the tensor, or is done already."""
-    rotation = settings.get("_rotate")
-    rotated = (
-        rotation.get("enable", False) if isinstance(rotation, dict) else bool(getattr(rotation, "enable", rotation))
-    )
     blocks = settings.get("_block_sizes") or {}
     if not isinstance(blocks, Mapping):
         raise Refused(f"has block_sizes {blocks!r}; they are a dictionary, {{-1: 64}} for example")
     faults = {
         "is a sequence of quantizers, one behind the other": "is_sequential_quantizer" in settings,
-        "rotates its tensor; quantize without rotation": bool(rotated),
+        "rotates its tensor; quantize without rotation": is_rotated(settings),
         "has a bias (affine quantization); quantize without": bool(settings.get("_bias")),
         "holds a compressed weight; save before mtq.compress": settings.get("_fake_quant") is False,
         "has a constant instead of a calibrated amax": bool(settings.get("_use_constant_amax")),
