@@ -79,13 +79,18 @@ def without(job: Job, cause: Ended) -> Ended:
 def attempt(job: Job) -> Ended:
     """Do a job here; whatever it raises, but for an interruption, is its own end."""
     started, place = time.monotonic(), platform.node()
-    with _logged(job.log):
-        try:
-            result, code, reason = job.work(), 0, ""
-        except Exception as error:
-            code, reason = judge(error)
-            result = None
-            logger.error("%s failed: %s", job.name, reason, exc_info=code == INTERNAL_ERROR)
+    result, code, reason = None, 0, ""
+    try:
+        with _logged(job.log):
+            try:
+                result = job.work()
+            except Exception as error:
+                code, reason = judge(error)
+                logger.error("%s failed: %s", job.name, reason, exc_info=code == INTERNAL_ERROR)
+    except OSError as error:
+        code, reason = judge(
+            UserError(f"its log {job.log} cannot be written ({error.strerror}); choose another folder")
+        )
     return Ended(job.name, result, code, reason, round(time.monotonic() - started, 3), place)
 
 

@@ -40,6 +40,14 @@ def test_one_that_fails_ends_what_waits_for_it_and_no_other(tmp_path: Path) -> N
     assert not logging.getLogger().handlers or "d.log" not in str(logging.getLogger().handlers)
 
 
+def test_a_log_that_cannot_be_written_ends_its_job_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    jobs = [Job("a", partial(say, "a"), log=tmp_path / "file" / "a.log"), Job("b", partial(say, "b"))]
+    first, second = in_turn(jobs)
+    assert not first.passed and second.passed
+    assert first.reason == f"its log {tmp_path}/file/a.log cannot be written (File exists); choose another folder"
+
+
 def test_a_bug_is_an_end_like_others_and_its_trace_is_logged(tmp_path: Path) -> None:
     [ended] = in_turn([Job("a", partial(fail, KeyError("x")), log=tmp_path / "a.log")])
     assert ended.exit_code == 1 and ended.reason.startswith("internal error, KeyError")
