@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import pytest
+
 from benchmarks import record
 from benchmarks.record import Json
 from benchmarks.repeats import NAME, document
@@ -36,3 +38,10 @@ def test_no_seed_is_worse_than_another() -> None:
     for before, after in permutations(rows, 2):
         comparison = compare(before, after, load_tolerances())
         assert not comparison.worse, comparison.sentence()
+
+
+@pytest.mark.parametrize("name", ["quant_sqnr_db", "final_psnr_fp_db"])
+def test_what_quantization_may_lose_is_twice_what_seeds_differ_by(name: str) -> None:
+    values = record.read(record.RESULTS / f"{NAME}.json")["numbers"][f"gates/{name}"]["values"]
+    [tolerance] = [row for row in load_tolerances() if row.of == f"gates/*{name}"]
+    assert tolerance.absolute == pytest.approx(2 * (max(values) - min(values)), rel=0.01)
