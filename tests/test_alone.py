@@ -254,7 +254,7 @@ def test_a_wheel_works_away_from_the_tree(installed: str, work_folder: Path, tmp
     assert run("-c", "import pipeline; print(pipeline.__file__)").startswith(str(Path(installed).parents[1]))
     assert "nothing can be built" in run("-m", "pipeline", "doctor")
     models = json.loads(run("-m", "pipeline.list", "--json"))["models"]
-    assert models == ["zoo:dit_mini", "zoo:pixart_mini"]
+    assert models == ["zoo:dit_mini", "zoo:pixart_mini", "zoo:pixart_scenes"]
     np.savez(tmp_path / "inputs.npz", **inputs())
     rows = dict(
         line.split() for line in run("-c", RUN, work_folder / "bundle", "inputs.npz", "cpu", "onnx").splitlines()

@@ -37,7 +37,7 @@ from pipeline.jobs.once import Once
 from pipeline.recipe import Recipe
 
 logger = logging.getLogger("benchmarks.quality")
-COUNTS = {"pixart_mini": 1000, "dit_mini": 2000, "pixart_scenes": 500}
+COUNTS = {"pixart_mini": 1000, "dit_mini": 2000, "pixart_scenes": 300}
 QUICK_COUNT = 100
 WORK, QUICK_RESULTS = Path("work/quality"), Path("work/quality/quick")
 SENSITIVITY = "sensitivity"

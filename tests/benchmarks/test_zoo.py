@@ -6,15 +6,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtAlphaPipeline
 from safetensors.torch import load_file
 
-from benchmarks.quality.drawing import judged
+from benchmarks.quality.judging import JUDGINGS, SCENES, features_of, read
 from benchmarks.quality.metrics import frechet, gaussian
 from benchmarks.record import RESULTS
 from benchmarks.zoo import judges
 from benchmarks.zoo import publish as publish_zoo
 from benchmarks.zoo import train as train_zoo
+from benchmarks.zoo.pixart_scenes import board
+from benchmarks.zoo.pixart_scenes import publish as pixart_scenes_publish
+from benchmarks.zoo.pixart_scenes.picture import draw
+from benchmarks.zoo.pixart_scenes.publish import size_bytes
+from benchmarks.zoo.pixart_scenes.reader import SLOTS
+from benchmarks.zoo.pixart_scenes.train import PLAN
 from benchmarks.zoo.publish import SIZE_LIMIT_BYTES, WEIGHTS_FILE, ZOO
 from benchmarks.zoo.tasks import TASKS, digits
 from pipeline.generate.conditioning import load_generation
@@ -153,11 +159,55 @@ def test_the_judge_reads_its_held_out_data(name):
 def test_frechet_distance_is_zero_for_equal_sets_and_grows_with_noise():
     _, pictures = judges.JUDGES["dit_mini"].test()
     noisy = pictures + 0.3 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    features, noisy_features = (judged("dit_mini", part.numpy())[0] for part in (pictures, noisy))
+    features, noisy_features = (features_of(JUDGINGS["dit_mini"], part) for part in (pictures, noisy))
     own = frechet(gaussian(features), gaussian(features))
     # Eigenvalues of a singular 64 x 64 product: the square root of 1e-16, relative to the trace.
     assert abs(own) < 1e-5 * max(features.var(0, ddof=1).sum(), 1)
     assert frechet(gaussian(noisy_features), gaussian(features)) > 100 * abs(own) + 1e-3
+
+
+# --- the bundled pipeline --------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_was_trained_to_the_end_by_the_plan_and_is_small():
+    facts = json.loads((ZOO / SCENES / "training.json").read_text())
+    for planned in (PLAN.reader, PLAN.autoencoder, PLAN.denoiser):
+        stated = facts["stages"][planned.name]
+        assert stated["step"] == stated["planned_steps"] == planned.steps
+        assert (stated["batch_size"], stated["peak_lr"]) == (planned.batch_size, planned.peak_lr)
+    assert facts["latents"] == PLAN.latents
+    assert size_bytes(ZOO / SCENES) <= pixart_scenes_publish.SIZE_LIMIT_BYTES
+    for part in pixart_scenes_publish.PARTS:
+        [path] = (ZOO / SCENES / part).glob("*.safetensors")
+        stored = load_file(path)
+        assert all(value.dtype == torch.float16 and value.isfinite().all() for value in stored.values())
+
+
+def test_the_pipeline_s_card_is_what_the_script_writes():
+    assert (ZOO / SCENES / "README.md").read_text() == pixart_scenes_publish.card(ZOO / SCENES)
+
+
+def test_its_reader_reads_held_out_scenes_as_stated():
+    judging, count = JUDGINGS[SCENES], 200
+    labels = board.sample_split(count, torch.Generator().manual_seed(5), held_out=True)
+    seen = read(judging, board.draw(labels, torch.Generator().manual_seed(5)), labels)
+    stated = json.loads((ZOO / SCENES / "quality.json").read_text())["accuracy_of_scenes"]
+    # Three standard deviations of a share of so many pictures, and one picture.
+    share, spread = stated["everything"], (stated["everything"] * (1 - stated["everything"]) / count) ** 0.5
+    assert abs(seen.all_right.double().mean().item() - share) <= 3 * spread + 1 / count
+
+
+def test_it_draws_held_out_captions_as_well_as_stated():
+    judging, count = JUDGINGS[SCENES], 24
+    labels, prompts = (part[:count] for part in judging.prompts(seed=3))
+    pipeline = PixArtAlphaPipeline.from_pretrained(ZOO / SCENES, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    stated = json.loads((ZOO / SCENES / "quality.json").read_text())
+    seen = read(judging, draw(pipeline, prompts, 3, stated["n_steps"], most_tokens=40), labels)
+    # A mean of shares has at most the mean of their standard deviations, however they go together: three of it.
+    shares = torch.tensor([stated["accuracy"][slot] for slot in SLOTS])
+    spread = (shares * (1 - shares) / seen.asked.sum(0).clamp(min=1)).sqrt().mean().item()
+    assert abs(sum(seen.by_slot) / len(seen.by_slot) - shares.mean().item()) <= 3 * spread
 
 
 def test_the_default_recipe_uses_a_bundled_model():
