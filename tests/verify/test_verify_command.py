@@ -65,7 +65,7 @@ def test_all_that_a_pull_request_needs(
     assert read_record(tmp_path / "b.json").numbers["gates/quant_sqnr_db"].value == 29.5
     becomes(gates, WORSE)
     code, out, log = run(capsys, bundle, "--baseline", tmp_path / "b.json", *files)
-    reason = "worse than the baseline: gates/quant_sqnr_db = 20 dB, baseline 29.5 dB: worse by 9.5, 0.2 is tolerated"
+    reason = "worse than the baseline: gates/quant_sqnr_db = 20 dB, baseline 29.5 dB: worse by 9.5, 0.38 is tolerated"
     assert code == 6 and out.splitlines()[-1].startswith(f"FAILED {reason}") and reason in log
     assert "worse   gates/quant_sqnr_db = 20 dB" in out
     assert (tmp_path / "s.md").read_text().count("###") == 2, "summaries are added up"
