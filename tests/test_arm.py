@@ -30,7 +30,7 @@ from pipeline.backends.base import CONDITION, MODEL, TIMESTEP, Arrays
 from pipeline.backends.cpu.engine import open_session
 from pipeline.distance import psnr_db, sqnr_db
 from pipeline.generate.draw import to_pixels
-from pipeline.generate.pipeline_folder import captions
+from pipeline.generate.example_prompts import captions, drawn_prompts
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from pipeline.verify.parts import part_of
 from tests.support import arm, pipelines
@@ -120,6 +120,7 @@ def test_from_a_prompt_to_a_picture_as_on_x86(board: arm.Arm, bundle: Path, tmp_
 
 # Prompts. One in three has a code that flips, so that these on x86 show what a flip does.
 PICTURES, EMULATED = 32, 2
+PROMPTS = drawn_prompts(captions(), PICTURES, 0)
 # The prompts' ids, states and latents, what the decoder is given and gives, and one call of what has codes.
 WHOLE_PROGRAM = """
 import json, platform, sys
@@ -209,7 +210,7 @@ def on_x86(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, W
     """By target, of all parts."""
     folder, runs = tmp_path_factory.mktemp("x86"), {}
     for target in ("cpu", "onnx"):
-        words = ["-c", WHOLE_PROGRAM, whole, target, STEPS, folder / target, *captions(PICTURES, 0)]
+        words = ["-c", WHOLE_PROGRAM, whole, target, STEPS, folder / target, *PROMPTS]
         done = arm.called(sys.executable, *words, cwd=arm.ROOT)
         runs[target] = whole_outcome(done, folder / target)
     return runs
@@ -232,7 +233,7 @@ def test_a_whole_pipeline_draws_as_on_x86(
 ) -> None:
     """Ids and noise are equal to the bit. States and latents differ by what a flipped code does, as above; nothing in a
     decoder flips, and its pictures differ by roundings alone."""
-    words = ["-c", WHOLE_PROGRAM, whole, "cpu", STEPS, tmp_path / "arm", *captions(PICTURES, 0)[:EMULATED]]
+    words = ["-c", WHOLE_PROGRAM, whole, "cpu", STEPS, tmp_path / "arm", *PROMPTS[:EMULATED]]
     emulated = whole_outcome(board.run(*words, cwd=tmp_path), tmp_path / "arm")
     assert emulated.facts == {"machine": "aarch64", "kernels": None}
     x86, own = on_x86["cpu"].arrays, emulated.arrays
