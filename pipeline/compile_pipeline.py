@@ -168,6 +168,7 @@ def write_others(folder: PipelineFolder, bundle: Path) -> None:
         convert_tokenizer(folder.root / name, class_name, bundle / name)
     (bundle / SCHEDULER).mkdir(exist_ok=True)
     shutil.copyfile(folder.root / SCHEDULER / CONFIG_FILE, bundle / SCHEDULER / CONFIG_FILE)
+    remove(bundle / PROMPTS_FILE)  # of an interrupted build, before the pipeline lost its own
     if (folder.root / PROMPTS_FILE).exists():
         shutil.copyfile(folder.root / PROMPTS_FILE, bundle / PROMPTS_FILE)
 

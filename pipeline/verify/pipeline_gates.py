@@ -23,7 +23,7 @@ from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.distance import psnr_db
 from pipeline.generate.components import Components, PipelineSource
 from pipeline.generate.convert_tokenizer import read_tokenizer
-from pipeline.generate.example_prompts import drawn_prompts, own_prompts
+from pipeline.generate.example_prompts import drawn_prompts
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.pipeline_classes import DECODER, PIPELINES, TRANSFORMER
 from pipeline.generate.pipeline_folder import pipeline_arguments, shared_variant
@@ -80,8 +80,8 @@ def token_gates(bundle: PipelineBundle, folder: PipelineFolder) -> list[Gate]:
     from pipeline.generate.tokenizer import PromptTokenizer
 
     gates, row = [], PIPELINES[folder.class_name]
-    texts = [*drawn_prompts(own_prompts(folder.root), len(TEXTS), SEED), *TEXTS]
     with bundle.source() as source:
+        texts = [*drawn_prompts(source.prompts, len(TEXTS), SEED), *TEXTS]
         for encoder in row.encoders:
             own = PromptTokenizer.load(source.tokenizers[encoder.tokenizer], encoder.tokens)(texts)
             theirs = read_tokenizer(folder.root / encoder.tokenizer, folder.tokenizers[encoder.tokenizer])(
@@ -120,7 +120,7 @@ def picture_gates(
     engines: dict[str, Engine] = {name: Shared(parts, name) for name in source.engines}
     shared = {TRANSFORMER: LatentModel(source).shared}
     records = {name: Record(name, shared.get(name, frozenset())) for name in engines}
-    prompts = _prompts(folder)
+    prompts = _prompts(source)
     recorded = {name: Recorded(engine, records[name]) for name, engine in engines.items()}
     theirs = _diffusers_pictures(source, recorded, bundle, folder, prompts)
     return [picture_gate(source, parts, theirs, prompts), calls_gate(source, engines, records, bundle, folder, prompts)]
@@ -203,11 +203,11 @@ def _mover(seed: int) -> Callable[[Arrays], Arrays]:
     return moved
 
 
-def _prompts(folder: PipelineFolder) -> list[str]:
-    """Of the pipeline, or of a model of classes their numbers."""
-    if PIPELINES[folder.class_name].classes:
+def _prompts(source: PipelineSource) -> list[str]:
+    """Those that the bundle holds, whatever its model's folder has by now, or of a model of classes their numbers."""
+    if PIPELINES[source.class_name].classes:
         return [str(number) for number in range(PROMPTS)]
-    return drawn_prompts(own_prompts(folder.root), PROMPTS, SEED)
+    return drawn_prompts(source.prompts, PROMPTS, SEED)
 
 
 def _drawn(source: PipelineSource, engines: Mapping[str, Engine], prompts: Sequence[str]) -> NDArray[np.float32]:

@@ -6,7 +6,10 @@ import pytest
 
 from export.errors import ModelError, RecipeError
 from pipeline.calibrate.data import PROMPTS_RULES
+from pipeline.compile_pipeline import write_others
 from pipeline.generate.example_prompts import PROMPTS_FILE, captions, drawn_prompts, own_prompts, prompt_lines
+from pipeline.generate.schedulers.config import CONFIG_FILE
+from pipeline.parts import SCHEDULER, PipelineFolder
 
 
 def test_a_pipeline_has_the_prompts_of_its_file_else_captions(tmp_path: Path) -> None:
@@ -38,3 +41,17 @@ def test_prompts_are_drawn_alike_for_a_seed_and_repeated_where_there_are_few() -
     drawn = drawn_prompts(few, 7, 1)
     assert drawn == drawn_prompts(few, 7, 1) and drawn[:3] == drawn[3:6] and set(drawn) == set(few)
     assert drawn_prompts(captions(), 9, 1) != drawn_prompts(captions(), 9, 2)
+
+
+def test_a_resumed_build_has_no_prompts_that_the_pipeline_has_no_longer(tmp_path: Path) -> None:
+    root, bundle = tmp_path / "pipeline", tmp_path / "bundle"
+    for folder in (root / SCHEDULER, bundle):
+        folder.mkdir(parents=True)
+    (root / SCHEDULER / CONFIG_FILE).write_text("{}")
+    (root / PROMPTS_FILE).write_text("a ring\n")
+    pipeline = PipelineFolder(root, "", {}, (), (), {}, {})
+    write_others(pipeline, bundle)
+    assert own_prompts(bundle) == ("a ring",)
+    (root / PROMPTS_FILE).unlink()
+    write_others(pipeline, bundle)
+    assert not (bundle / PROMPTS_FILE).exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from pipeline.generate.schedulers.base import SeededNoise
-from pipeline.verify.pipeline_gates import ROUNDING, SCHEDULER_ULPS, _mover, _noise_of, _worst_db
+from pipeline.verify.pipeline_gates import ROUNDING, SCHEDULER_ULPS, _mover, _noise_of, _prompts, _worst_db
 
 pytestmark = [pytest.mark.torch, pytest.mark.fast]
 
@@ -56,3 +59,10 @@ def test_the_worst_picture_counts() -> None:
     wrong = right.copy()
     wrong[1] += np.float32(0.1)
     assert _worst_db(right, wrong) == pytest.approx(20, abs=1e-4)
+
+
+def test_pictures_are_of_prompts_that_the_bundle_holds() -> None:
+    """So a moved bundle is verified with the same ones, whatever its model's folder has by then."""
+    texts: Any = SimpleNamespace(class_name="PixArtAlphaPipeline", prompts=("a ring", "a cat"))
+    classes: Any = SimpleNamespace(class_name="DiTPipeline", prompts=texts.prompts)
+    assert sorted(_prompts(texts)) == ["a cat", "a ring"] and _prompts(classes) == ["0", "1"]
