@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, read_json, read_text
 from export.errors import ContractError, ModelError, ParityError, UserError
-from export.models.sources import find
+from export.models.sources import ZOO, find
 from export.models.weights import PICKLES
 from pipeline import machine
 from pipeline.bundle.bundle import Bundle, load_bundle
@@ -129,6 +129,8 @@ def license_of(source: str) -> License:
         place, _ = find(source)
     except UserError:  # no longer here
         return UNKNOWN
+    if place.is_relative_to(ZOO):  # a part of a bundled pipeline
+        return License(OWN_LICENSE)
     folder = place if place.is_dir() else place.parent
     stated = (card_license(path) for path in (folder / CARD, folder.parent / CARD) if path.is_file())
     return next((license for license in stated if license is not None), UNKNOWN)

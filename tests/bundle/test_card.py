@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from export.models.sources import ZOO
 from pipeline.bundle import card
 from pipeline.bundle.card import UNKNOWN, License, base_model, compose, license_of, read_parts
 from pipeline.bundle.hub import Repository
@@ -92,7 +93,8 @@ def test_models_that_say_nothing(tmp_path: Path) -> None:
     assert license_of(str(tmp_path)) == license_of(str(tmp_path / "gone")) == license_of("nobody/nothing") == UNKNOWN
     (tmp_path / "README.md").write_bytes(b"\xff")
     assert license_of(str(tmp_path)) == UNKNOWN
-    assert license_of("zoo:dit_mini").identifier == "apache-2.0"
+    for source in ("zoo:dit_mini", str(ZOO / "pixart_scenes/transformer")):
+        assert license_of(source).identifier == "apache-2.0"
 
 
 def test_several_licences_and_texts_that_yaml_would_read(tmp_path: Path) -> None:
