@@ -101,12 +101,12 @@ def page() -> str:
     ]
     for table in TABLES.values():
         parts += [f"## {table.question}"]
-        if table.models != SMALL:
-            models = ", ".join(f"`{name}`" for name in table.models)
+        shown = {model: known[model]["rows"] for model in known if model in table.models and known[model]["rows"]}
+        if table.models != SMALL and shown:
+            models = ", ".join(f"`{name}`" for name in shown)
             parts += [f"Measured on {models} alone; the first table has both models of pixels."]
         parts += picture(table.name)
-        shown = {model: known[model]["rows"] for model in known if model in table.models}
-        parts += [table_text(table, model, rows) for model, rows in shown.items() if rows]
+        parts += [table_text(table, model, rows) for model, rows in shown.items()]
         parts += [search_text()] if table.name == "qdit" else []
     parts += ["## Which layers cost most, and in which steps?", *picture("sensitivity"), *picture("steps")]
     parts += [sensitivity_text(model, document.get("sensitivity", [])) for model, document in known.items()]
@@ -135,9 +135,10 @@ PREFACE = """Written by `python -m benchmarks.quality.tables` from `benchmarks/r
 `python -m benchmarks.quality`. All rows of a model draw the same prompts from the same noise. Small models trained on
 drawn scenes and handwritten digits: the numbers compare methods and formats, and stand in for no published number.
 
-- Frechet distances are taken in the 64 features of a small judge, not of Inception. They fall with the number of
-  pictures: compare within a table only. A distance to real data may fall below float's: guidance makes pictures
-  cleaner than data, and noise undoes some of it. The distance to the float model's pictures has no such excuse.
+- Frechet distances are taken in the features of a small judge (64, of `pixart_scenes` 128), not of Inception. They
+  fall with the number of pictures: compare within a table only. A distance to real data may fall below float's:
+  guidance makes pictures cleaner than data, and noise undoes some of it. The distance to the float model's pictures has
+  no such excuse.
 - Attention is in float in all rows but those that name its formats, whatever the recipe has for it.
 - "right": the judge reads in the picture everything that the prompt asks for.
 - PSNR and SSIM compare each picture with float's of the same noise; medians. A picture that took another course early

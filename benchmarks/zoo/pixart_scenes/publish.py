@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 NAME = "pixart_scenes"
 SIZE_LIMIT_BYTES = 20_000_000
 READER_FILE = "reader.safetensors"
-PROMPTS = 500  # of scenes that were trained on: what a quantized model is calibrated with
+PROMPTS = 500  # of scenes that are not held out: what a quantized model is calibrated with
 PARTS = ("text_encoder", "transformer", "vae")
 
 
@@ -124,7 +124,7 @@ A whole `PixArtAlphaPipeline` of {size} x {size} pixels, small and trained: {par
   scene in nine is held out and never trained on.
 - **Captions**: {example!r} and the like: one to three items in an arrangement, each {counts} equal things;
   {sizes}; {colours}; {kinds}; on {grounds}.
-- **Training**: the autoencoder by absolute error and {kl} of the KL divergence; text encoder and denoiser together, a
+- **Training**: the autoencoder by pixels' errors and {kl} of the KL divergence; text encoder and denoiser together, a
   rectified flow (x_t = (1 - t) data + t noise, target noise - data, timestep 1000 t) on latents of {latents} scenes,
   captions dropped with probability {drop}. AdamW, float32; averaged weights ({ema}); seed {seed}.
 
