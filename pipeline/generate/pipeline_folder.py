@@ -24,7 +24,7 @@ from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
 from pipeline.files import is_out_of_disk, is_out_of_memory, sha256_json
-from pipeline.generate.example_prompts import captions, drawn_prompts, own_prompts
+from pipeline.generate.example_prompts import PROMPTS_FILE, captions, drawn_prompts, own_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -36,7 +36,7 @@ INDEX = "model_index.json"
 REMEDY = "copy or download it again"
 # Weights of a part, in one file or in shards, without a variant or with one before or behind the shard's number.
 WEIGHTS = re.compile(r"[a-z_]+(\.([\w-]+?))?(-\d+-of-\d+)?(\.([\w-]+))?\.safetensors")
-CONFIGURING = (".json", ".txt")
+HASHED_BYTES = 2**26  # larger files take longer to read than a build should wait for at every look
 Keep = Callable[[int, Arrays], None]
 
 
@@ -92,10 +92,16 @@ def _variants(folder: Path) -> set[str]:
 
 
 def identity(root: Path) -> str:
-    """Hash of the names of the pipeline's files, of the content of those that configure it (its scheduler), and of the
-    others' sizes, which tell one text encoder from another."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    facts = (sha256(path) if path.suffix in CONFIGURING else path.stat().st_size for path in files)
+    """Hash of what a pipeline draws by: its index, its prompts and the files of its parts, of each its name and its
+    content; of large weights the size, which tells one text encoder from another. A card or a picture beside them is no
+    part of it."""
+    own = [
+        root / INDEX,
+        root / PROMPTS_FILE,
+        *(path for part in listed_parts(root / INDEX) for path in (root / part).rglob("*")),
+    ]
+    files = sorted(path for path in own if path.is_file())
+    facts = (sha256(path) if path.stat().st_size <= HASHED_BYTES else path.stat().st_size for path in files)
     return sha256_json([[str(path.relative_to(root)), fact] for path, fact in zip(files, facts, strict=True)])
 
 

@@ -289,7 +289,8 @@ def test_the_scheduler_is_one_that_the_run_time_has(published):
 
 def test_the_card_tells_of_all_stages(published):
     card = (published / "README.md").read_text()
-    assert len((published / "prompts.txt").read_text().splitlines()) == 500
+    prompts = (published / "prompts.txt").read_text().splitlines()
+    assert 400 < len(prompts) == len(set(prompts)) <= 500
     assert "| denoiser | 4 | 4 | 3 |" in card and "| count |" in card and "seed 1" in card
 
 

@@ -77,11 +77,28 @@ def test_variants_are_those_that_all_parts_without_plain_weights_share(root: Pat
         shared_variant(root)
 
 
-def test_identity_follows_the_content_of_configurations_and_the_size_of_weights(root: Path) -> None:
-    first = identity(root)
-    weights(root / "vae/diffusion_pytorch_model.safetensors", 6)
-    assert identity(root) == first
+def test_identity_follows_the_parts_and_the_prompts_and_nothing_beside_them(root: Path) -> None:
+    seen = {identity(root)}
+    (root / "README.md").write_text("a card")
+    (root / "safety_checker").mkdir()
+    (root / "safety_checker/config.json").write_text("{}")
+    assert identity(root) in seen, "no part of it"
     (root / "scheduler/scheduler_config.json").write_text("[]")
+    seen.add(identity(root))
+    (root / PROMPTS_FILE).write_text("a ring\n")
+    seen.add(identity(root))
+    path = root / "vae/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert len(seen | {identity(root)}) == 4
+
+
+def test_identity_tells_large_weights_by_their_size(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "vae/diffusion_pytorch_model.safetensors"
+    monkeypatch.setattr(pipeline_folder, "HASHED_BYTES", path.stat().st_size - 1)
+    first = identity(root)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert identity(root) == first
+    weights(path, 7)
     assert identity(root) != first
 
 

@@ -94,7 +94,7 @@ def publish(plan: Plan, work_dir: Path, folder: Path, seed: int, count: int) -> 
     judge = trained(plan.reader, reader.Reader(), work_dir)
     save_file(judge.state_dict(), folder / READER_FILE, metadata={"format": "pt"})
     scenes = board.sample_split(PROMPTS, torch.Generator().manual_seed(seed))
-    (folder / PROMPTS_FILE).write_text("\n".join([*captions(scenes), ""]), encoding="utf-8")
+    (folder / PROMPTS_FILE).write_text("\n".join([*dict.fromkeys(captions(scenes)), ""]), encoding="utf-8")
     write_json(folder / "training.json", facts)
     pipeline.to(torch.float32)  # the values that fp16 holds
     document, drawn = measure(pipeline, judge, count, plan.n_steps, seed)
