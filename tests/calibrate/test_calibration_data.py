@@ -110,15 +110,6 @@ def test_another_description_beside_the_model_gives_other_data(tmp_path):
     assert not np.array_equal(*latents)
 
 
-def test_another_scheduler_of_as_many_bytes_is_another_pipeline(tmp_path):
-    path = tmp_path / "scheduler_config.json"
-    identities = []
-    for name in ("ddim", "ddpm"):
-        path.write_text(json.dumps({"name": name}))
-        identities.append(pipeline_folder.identity(tmp_path))
-    assert identities[0] != identities[1]
-
-
 @pytest.mark.parametrize("damage", [None, 100, 10_000])
 def test_missing_and_broken_files_are_made_again(damage, tmp_path, caplog):
     """damage: to how many bytes a file is cut (its head alone takes more than 100), None to remove it."""
