@@ -38,10 +38,8 @@ class FrechetScore:
         subject = make_subject(self.name, self.count, self.seed)
         models = CandidateModels(replace(self.candidates, model=subject.model))
         judging = subject.judging
-        real = self.against == "real"
-        goal = gaussian(
-            features_of(judging, judging.real() if real else torch.from_numpy(float_pictures(subject, self.folder)))
-        )
+        others = judging.real() if self.against == "real" else torch.from_numpy(float_pictures(subject, self.folder))
+        goal = gaussian(features_of(judging, others))
 
         def score(individual: Individual) -> float:
             engine = ReferenceEngine(models.module(individual), torch.float32)

@@ -53,9 +53,8 @@ def make_base(name: str, count: int, seed: int, work: Path) -> Base:
     """Of the bundled model `name` with `count` pictures."""
     subject = drawing.make_subject(name, count, seed)
     pictures = drawing.float_pictures(subject, work)
-    features, real = (
-        features_of(subject.judging, part) for part in (torch.from_numpy(pictures), subject.judging.real())
-    )
+    features = features_of(subject.judging, torch.from_numpy(pictures))
+    real = features_of(subject.judging, subject.judging.real())
     return Base(subject, pictures, features, real, drawing.float_trajectory(subject))
 
 

@@ -122,7 +122,7 @@ def read_prompts(model: LoadedModel, recipe: Recipe) -> tuple[str, ...]:
         prompts = prompt_lines(path, PROMPTS_RULES)
         return tuple(prompts[i % len(prompts)] for i in range(settings.size))
     if root is not None:
-        return tuple(pipeline_folder.example_prompts(model, settings.size, settings.seed + SEED_OFFSET))
+        return tuple(pipeline_folder.example_prompts(model, root, settings.size, settings.seed + SEED_OFFSET))
     if not described:
         if model.family.steps:
             logger.warning("%s has no text encoder: calibration sees random conditioning", model.source)

@@ -24,7 +24,7 @@ from export.names import inside
 from pipeline import machine
 from pipeline.backends.base import Arrays, Engine
 from pipeline.files import is_out_of_disk, is_out_of_memory, sha256_json
-from pipeline.generate.example_prompts import PROMPTS_FILE, captions, drawn_prompts, own_prompts
+from pipeline.generate.example_prompts import PROMPTS_FILE, drawn_prompts, own_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -172,14 +172,13 @@ def refuse_too_large(root: Path) -> None:
     machine.refuse_too_large(float32_bytes(root), f"{root}: text encoder and other parts take in float32", remedy)
 
 
-def example_prompts(model: LoadedModel, count: int, seed: int) -> list[str]:
-    """Prompts of the model's pipeline, or for a model of classes the numbers of some, the same for the same seed."""
+def example_prompts(model: LoadedModel, root: Path, count: int, seed: int) -> list[str]:
+    """Prompts of the pipeline in `root`, or for a model of classes the numbers of some, the same for the same seed."""
     rng = np.random.default_rng(seed)
     for kind, _, classes in (row.fill.partition(":") for row in model.inputs):
         if kind == "class":
             return [str(number) for number in rng.integers(int(classes), size=count)]
-    root = pipeline_root(model)
-    return drawn_prompts(captions() if root is None else own_prompts(root), count, seed)
+    return drawn_prompts(own_prompts(root), count, seed)
 
 
 def pipeline_arguments(pipeline: DiffusionPipeline, sampling: Sampling, prompts: Sequence[str]) -> dict[str, object]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.backends.reference import FakeQuantLinear
 
 # Float32 runs of the reference that each limit is the worst of; of a large model one takes minutes. How much a single
-# flip does to an output differs from flip to flip: of 160 runs of tiny models 5 fell 6 dB below the worse of two.
+# flip does to an output differs from flip to flip, so that the worse of two runs is too good for some right engines.
 SEEDS, SEEDS_OF_LARGE = 8, 2
 # A limit below this is of runs that a flipped code has hit.
 HIT_LIMIT_DB = HIT_DB - FACTOR_DB

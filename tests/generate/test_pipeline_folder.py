@@ -112,19 +112,19 @@ def test_parts_larger_than_the_memory_are_refused(root: Path, monkeypatch: pytes
             refuse_too_large(root)
 
 
-def reading(fill: str, folder: Path) -> Any:
+def reading(fill: str) -> Any:
     """A model with one input of this kind."""
-    return SimpleNamespace(inputs=[SimpleNamespace(fill=fill)], folder=folder)
+    return SimpleNamespace(inputs=[SimpleNamespace(fill=fill)])
 
 
 def test_prompts_are_captions_or_numbers_of_classes(root: Path) -> None:
-    texts, labels = (reading(fill, root / "transformer") for fill in ("normal", "class:10"))
-    captions, classes = example_prompts(texts, 5, seed=3), example_prompts(labels, 5, seed=3)
+    texts, labels = (reading(fill) for fill in ("normal", "class:10"))
+    captions, classes = example_prompts(texts, root, 5, seed=3), example_prompts(labels, root, 5, seed=3)
     assert len(set(captions)) == 5 and all(" " in caption for caption in captions)
     assert {int(name) for name in classes} <= set(range(10))
-    assert captions == example_prompts(texts, 5, seed=3) != example_prompts(texts, 5, seed=4)
+    assert captions == example_prompts(texts, root, 5, seed=3) != example_prompts(texts, root, 5, seed=4)
     (root / PROMPTS_FILE).write_text("a ring\na cat\n")
-    assert set(example_prompts(texts, 5, seed=3)) == {"a ring", "a cat"}, "those of the pipeline's file"
+    assert set(example_prompts(texts, root, 5, seed=3)) == {"a ring", "a cat"}, "those of the pipeline's file"
 
 
 def test_prompts_become_arguments_of_their_pipeline() -> None:
