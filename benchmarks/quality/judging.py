@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -103,8 +103,8 @@ class Classified:
 class Scenes:
     """The bundled whole pipeline, by the reader that is published with it."""
 
-    conditions = "scenes never trained on"
-    judge_path = ZOO / SCENES / READER_FILE
+    judge_path: Path = ZOO / SCENES / READER_FILE
+    conditions: ClassVar[str] = "scenes never trained on"
 
     @cached_property
     def judge(self) -> reader.Reader:

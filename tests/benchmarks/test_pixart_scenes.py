@@ -309,7 +309,7 @@ def subject(published):
     """Four held-out scenes of the tiny pipeline, judged by the reader that is published with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging, "LABELS", 4)
-        patch.setattr(judging.Scenes, "judge_path", published / READER_FILE)
+        patch.setitem(judging.JUDGINGS, NAME, judging.Scenes(published / READER_FILE))  # a judge of its own
         patch.setattr(drawing, "load", lambda _: load(str(published)))
         patch.setattr(drawing, "PLAN", TINY)
         yield drawing.make_subject(NAME, 4, 7)
