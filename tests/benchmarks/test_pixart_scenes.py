@@ -219,21 +219,25 @@ def test_the_denoiser_starts_with_the_text_encoder_that_has_learned_captions(wor
     assert names and all(torch.equal(started[name], learned[name]) for name in names)
 
 
-def test_what_an_item_is_is_asked_of_captions_that_have_it():
+def test_each_square_is_asked_for_the_item_that_it_belongs_to():
     labels = board.sample_labels(50, generator())
-    items = int((labels[:, board.FIRST :: board.FIELDS] > 0).sum())
 
     def told(ids, mask):
         return [torch.zeros(50, n) for n in caption_reader.OF_SCENE], [
-            torch.zeros(50, board.ITEMS, n) for n in caption_reader.OF_ITEM
+            torch.zeros(50, 16, n) for n in caption_reader.OF_SQUARE
         ]
 
     pairs = caption_reader.answers(told, lambda texts, **_: Tokens(), labels, 0)
     assert [logits.shape for logits, _ in pairs] == [
-        *((50, n) for n in caption_reader.OF_SCENE), *((items, n) for n in caption_reader.OF_ITEM)
+        *((50, n) for n in caption_reader.OF_SCENE), *((800, n) for n in caption_reader.OF_SQUARE)
     ]  # fmt: skip
     assert all(true.min() >= 0 and true.max() < logits.shape[1] for logits, true in pairs)
-    assert pairs[2][1].min() == 1  # no item without a copy
+    count, size, colour, kind = (true.view(50, 16) for _, true in pairs[2:])
+    assert count.min() == 1  # no square belongs to an item that is not there
+    last = labels[:, board.FIRST :].view(50, board.ITEMS, board.FIELDS)[
+        torch.arange(50), board.owners()[labels[:, 0]][:, 15]
+    ]
+    assert torch.equal(torch.stack([count, size, colour, kind], 2)[:, 15], last)
 
 
 class Tokens:

@@ -1,5 +1,5 @@
-"""What each stage learns from: the autoencoder from drawn scenes, the text encoder from captions, then it and the
-denoiser together from latents of scenes and captions. All is made in `work_dir`, and what is there is not made again.
+"""What each stage learns from: the autoencoder from drawn scenes, the text encoder from captions, the denoiser from
+latents of scenes and captions. All is made in `work_dir`, and what is there is not made again.
 
 The denoiser is a rectified flow: x = (1 - t) data + t noise, target noise - data, timestep 1000 t. No scene of the
 held-out ones is trained on, by any part.
@@ -51,8 +51,8 @@ class Plan:
 PLAN = Plan(
     reader=Stage("reader", 3000, 64, 2e-3),
     autoencoder=Stage("autoencoder", 3500, 16, 1e-3, every=500),
-    text_encoder=Stage("text_encoder", 1200, 128, 1e-3, every=250),
-    denoiser=Stage("denoiser", 7000, 32, 6e-4, every=1000),
+    text_encoder=Stage("text_encoder", 1000, 128, 1e-3, every=250),
+    denoiser=Stage("denoiser", 3000, 32, 6e-4, every=1000),
     latents=40_000,
 )
 
@@ -71,7 +71,7 @@ def tokenizer_of(work_dir: Path, seed: int) -> T5Tokenizer:
 
 
 def new_denoiser(vocabulary: int) -> torch.nn.ModuleDict:
-    """The parts that are trained together."""
+    """The denoiser and what tells it of captions."""
     return torch.nn.ModuleDict({"text_encoder": parts.text_encoder(vocabulary), "transformer": parts.denoiser()})
 
 
@@ -199,6 +199,8 @@ def train(plan: Plan, work_dir: Path, seed: int, looks: dict[str, Look]) -> None
     torch.manual_seed(seed)
     models = new_denoiser(len(tokenizer))
     models["text_encoder"].load_state_dict(told.text_encoder.state_dict())
+    # As in larger pipelines it stays as it is: trained on, it forgets within a thousand steps what belongs to what.
+    models["text_encoder"].requires_grad_(False)
     stage(
         plan.denoiser,
         models,
