@@ -76,7 +76,8 @@ def block_cases(recipe: Recipe) -> Iterator[BlockCase]:
     other = replace(recipe.calibrate, seed=recipe.calibrate.seed + HELD_OUT_SEED, size=HELD_OUT_PROMPTS)
     datasets = [calibration_data(model, one) for one in (recipe, replace(recipe, calibrate=other))]
     runners = [BlockRunner(model, data, list(blocks)) for data in datasets]
-    for name, plans in blocks.items():
+    for name in runners[0].blocks:
+        plans = blocks[name]
         observed = [runner.observe(name, plans) for runner in runners]
         yield BlockCase(name, plans, *observed)
         nearest = [quantize_linear(plan, recipe.weights.search) for plan in plans]

@@ -168,19 +168,21 @@ def _group(plans: Sequence[LayerPlan], recipe: Recipe) -> dict[str, list[LayerPl
 def _observed(
     method: Method, units: dict[str, list[LayerPlan]], left: Sequence[str], state: CalibrationState
 ) -> Iterator[Unit]:
-    """The units that are left, each observed; finished ones are passed through, since later inputs depend on them."""
+    """The units that are left, each observed, in the order in which the model runs them; finished ones are passed
+    through, since later inputs depend on them."""
     from pipeline.calibrate.blocks import BlockRunner
 
     context = method.context
     assert context.data is not None
     runner = BlockRunner(context.model, context.data, list(units))
-    names = list(units)
-    for name in names[: names.index(left[-1]) + 1] if left else []:
+    names = runner.blocks
+    last = max(map(names.index, left), default=-1)
+    for place, name in enumerate(names[: last + 1]):
         plans = units[name]
         observed = runner.observe(name, plans)
         if name in left:
             yield Unit(name, plans, observed)
-        if name != left[-1]:
+        if place != last:
             runner.advance(observed, state.layers([plan.name for plan in plans]))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +20,14 @@ from export.models.torch_modules import Denoiser, stated_config
 from pipeline.backends.base import Arrays
 from pipeline.calibrate.data import CalibrationData
 from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.streams import BlockCall, Link, Stream, is_chain, learn_flows, seeing, stream_shares
 from pipeline.generate.sampling import take_samples
 
 Tensors = list[torch.Tensor]
+Streams = tuple[torch.Tensor, ...]
+ONLY = (Stream(0, 1.0),)  # of a block that gives one tensor
+# Samples, of calls spread evenly, on which the shares of streams are measured.
+SHARE_SAMPLES = 4
 
 
 def block_of(layer: str) -> str:
@@ -48,55 +53,14 @@ def paths_inside(block: str, plans: Sequence[LayerPlan]) -> dict[str, str]:
     return {plan.name: plan.name.removeprefix(block).lstrip(".") for plan in plans}
 
 
-@dataclass(frozen=True)
-class BlockCall:
-    """Arguments of one call of a block, as the model gives them."""
-
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """The tensor that goes from block to block, [B, S, C]; of a linear its input."""
-        hidden = self.args[0] if self.args else self.kwargs["hidden_states"]
-        assert isinstance(hidden, torch.Tensor)
-        return hidden
-
-    def with_hidden(self, hidden: torch.Tensor) -> BlockCall:
-        if self.args:
-            return BlockCall((hidden, *self.args[1:]), self.kwargs)
-        return BlockCall((), {**self.kwargs, "hidden_states": hidden})
-
-    def run(self, block: nn.Module) -> torch.Tensor:
-        """The hidden states that the block gives."""
-        return hidden_states(block(*self.args, **self.kwargs))
-
-
-def hidden_states(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A block's output, or the first of several."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def seeing(root: nn.Module, paths: Mapping[str, str], see: Callable[[str, BlockCall], None]) -> Iterator[None]:
-    """While it lasts, `see(name, call)` gets every call of the modules at `paths` (name -> path) before it computes."""
-    with ExitStack() as stack:
-        for name, path in paths.items():
-
-            def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], name: str = name) -> None:
-                see(name, BlockCall(args, dict(kwargs)))
-
-            stack.callback(root.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
-
-
 @dataclass(eq=False, repr=False)
 class Observed:
     """What a method sees of one block. Tensors are float32 and must not be changed.
 
     block: the float block (copy it to change it); names: layer name -> path inside the block; calls: its calls in the
     float model, noisy: in the network whose earlier blocks have quantized weights (FP4DiT's asymmetric
-    reconstruction); timesteps: model input of each call.
+    reconstruction); timesteps: model input of each call; samples: how many each call has; rows: how many rows of every
+    value of a call are a sample's, see `BlockFlow.rows_per_sample`; streams: what goes on from the block.
     """
 
     block: nn.Module
@@ -104,7 +68,10 @@ class Observed:
     calls: list[BlockCall]
     noisy: list[BlockCall]
     timesteps: list[float]
-    _outputs: Tensors | None = field(default=None, init=False)
+    samples: list[int]
+    rows: tuple[int, ...] | None
+    streams: Sequence[Stream] = ONLY
+    _outputs: list[Streams] | None = field(default=None, init=False)
     _kept: dict[tuple[bool, int], dict[str, Tensors]] = field(default_factory=dict, init=False)
 
     def free(self) -> None:
@@ -112,10 +79,10 @@ class Observed:
         self.calls, self.noisy, self._outputs, self._kept = [], [], None, {}
 
     @property
-    def outputs(self) -> Tensors:
-        """The float block's output for each of `calls`, [B, S, C]."""
+    def outputs(self) -> list[Streams]:
+        """The float block's streams for each of `calls`."""
         if self._outputs is None:
-            self._outputs = run_block(self.block, self.calls)
+            self._outputs = run_block(self.block, self.calls, self.streams)
         return self._outputs
 
     def layer_inputs(self, name: str, noisy: bool = False, rows: int = 0) -> Tensors:
@@ -145,7 +112,7 @@ class Observed:
         by_layer: dict[str, Tensors] = {name: [] for name in names}
 
         def see(name: str, call: BlockCall) -> None:
-            by_layer[name].append(take(call.hidden.detach()))
+            by_layer[name].append(take(call.layer_input().detach()))
 
         with seeing(self.block, {name: self.names[name] for name in by_layer}, see):
             for call in self.noisy if noisy else self.calls:
@@ -153,22 +120,40 @@ class Observed:
         return by_layer
 
 
-def run_block(block: nn.Module, calls: Sequence[BlockCall]) -> Tensors:
-    """Output of the block for each call. Calls that miss a tensor (a block of one layer) are refused by the block."""
-    return list(_outputs(block, calls))
+def run_block(block: nn.Module, calls: Sequence[BlockCall], streams: Sequence[Stream] = ONLY) -> list[Streams]:
+    """The streams that the block gives for each call. Calls that miss a tensor (a block of one layer) are refused by
+    the block."""
+    return list(_outputs(block, calls, streams))
 
 
 @torch.no_grad()
-def _outputs(block: nn.Module, calls: Iterable[BlockCall]) -> Iterator[torch.Tensor]:
+def _outputs(block: nn.Module, calls: Iterable[BlockCall], streams: Sequence[Stream]) -> Iterator[Streams]:
     """The outputs one by one; each call is read when its output is asked for."""
     for call in calls:
-        yield call.run(block)
+        yield streams_of(call.run(block), streams)
 
 
-def _replace_hidden(calls: list[BlockCall], outputs: Iterator[torch.Tensor]) -> None:
-    """Put the next block's input in place of each call's, one by one: old and new need not be in memory together."""
-    for i, hidden in enumerate(outputs):
-        calls[i] = calls[i].with_hidden(hidden)
+def streams_of(outputs: Sequence[object], streams: Sequence[Stream]) -> Streams:
+    """The streams among what a block gives."""
+    given = (outputs[stream.place] for stream in streams)
+    return tuple(tensor for tensor in given if isinstance(tensor, torch.Tensor))
+
+
+def with_parts(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of the block with the modules at these paths replaced; the path "" is the block itself."""
+    if "" in parts:
+        return parts[""]
+    copied = copy.deepcopy(block)
+    for path, part in parts.items():
+        copied.set_submodule(path, part)
+    return copied
+
+
+def _follow(calls: list[BlockCall], link: Link, streams: Sequence[Stream], outputs: Iterator[Streams]) -> None:
+    """Put the next block's call in place of each, one by one: old and new need not be in memory together."""
+    places = [stream.place for stream in streams]
+    for i, given in enumerate(outputs):
+        calls[i] = link.follow(calls[i], dict(zip(places, given, strict=True)))
 
 
 class _Captured(Exception):  # not an error: the call that was waited for has come
@@ -178,40 +163,77 @@ class _Captured(Exception):  # not an error: the call that was waited for has co
 class BlockRunner:
     """Runs the calibration calls from block to block, for the float model and for the quantized one.
 
-    Where a block's output is simply the next one's input the calls go on from there; else (long skips, several
-    streams) the whole model runs again up to the block.
+    Where all that a block gets is what its predecessor got and gave, the calls go on from there; else (long skips,
+    something between two blocks) the whole model runs again up to the block. blocks: in the order in which they run.
     """
 
     def __init__(self, model: LoadedModel, data: CalibrationData, blocks: Sequence[str]) -> None:
-        self.model, self.data, self.blocks = model, data, list(blocks)
+        self.model, self.data = model, data
         self.module = denoiser(model)
         self.timesteps = [call.timestep for call in data.calls]
+        self.samples = [call.samples for call in data.calls]
+        # One sample, unless a call has one: rows of samples are told by what another number of samples changes.
+        known = next(number for number in range(1, len(data.calls) + 2) if number not in self.samples)
+        picked = [number % self.samples[0] for number in range(known)]
+        shared = shared_names(self.module.family.inputs(stated_config(self.module.transformer)))
+        self.flows = learn_flows(self.module, blocks, take_samples(data.calls[0].inputs, picked, shared), known)
+        self.blocks = list(self.flows)
+        self.shares = stream_shares(self.module, self.flows, _spread_samples(data, shared))
+        self._link: Link | None = None  # from the block that is observed to the next
         self.done: dict[str, nn.Module] = {}  # finished layers; stays empty for a chain, which needs none of them
         self._calls: list[BlockCall] | None = None
         self._noisy: list[BlockCall] | None = None
-        self.is_chain = looks_like_chain(self.module, self.blocks, data.calls[0].inputs)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every block but the first follows from its predecessor."""
+        return is_chain(self.flows)
 
     def observe(self, block: str, plans: Sequence[LayerPlan]) -> Observed:
         """The block's calls. Blocks must be observed in order, each followed by `advance`."""
         part = float_copy(self.module.transformer.get_submodule(block))
+        self._link = self._link_behind(block)
         if self._calls is None or self._noisy is None:
             self._calls = self._capture(self.module, block)
             self._noisy = self._capture(denoiser(self.model, self.done), block) if self.done else list(self._calls)
-        return Observed(part, paths_inside(block, plans), self._calls, self._noisy, self.timesteps)
+        rows = {
+            self.flows[block].rows_per_sample(call, samples)
+            for call, samples in zip(self._calls, self.samples, strict=True)
+        }
+        return Observed(
+            part,
+            paths_inside(block, plans),
+            self._calls,
+            self._noisy,
+            self.timesteps,
+            self.samples,
+            rows.pop() if len(rows) == 1 else None,
+            self._streams(block),
+        )
+
+    def _link_behind(self, block: str) -> Link | None:
+        """To the next block, if there is one."""
+        after = self.blocks[self.blocks.index(block) + 1 :]
+        return self.flows[after[0]].link if after else None
+
+    def _streams(self, block: str) -> tuple[Stream, ...]:
+        """Those with a share, and what else the next block takes."""
+        shares, taken = self.shares[block], frozenset[int]() if self._link is None else self._link.taken
+        return tuple(Stream(place, shares.get(place, 0.0)) for place in sorted({*shares, *taken}))
 
     def advance(self, observed: Observed, layers: Sequence[QuantizedLinear]) -> None:
         """Go on behind a block that is finished, whose `observed` is then empty."""
         replacements = {layer.name: WeightOnlyLinear(layer) for layer in layers}
-        if self.is_chain:
-            self._calls, self._noisy = observed.calls, observed.noisy
-            _replace_hidden(self._calls, iter(observed.outputs))
-            quantized = copy.deepcopy(observed.block)
-            for name, linear in replacements.items():
-                quantized.set_submodule(observed.names[name], linear)
-            _replace_hidden(self._noisy, _outputs(quantized, observed.noisy))
-        else:
+        if not self.is_chain:
             self.done |= replacements
+        link = self._link
+        if link is None:
             self._calls = self._noisy = None
+        else:
+            self._calls, self._noisy = observed.calls, observed.noisy
+            _follow(self._calls, link, observed.streams, iter(observed.outputs))
+            quantized = with_parts(observed.block, {observed.names[name]: one for name, one in replacements.items()})
+            _follow(self._noisy, link, observed.streams, _outputs(quantized, observed.noisy, observed.streams))
         observed.free()
 
     @torch.no_grad()
@@ -230,24 +252,12 @@ class BlockRunner:
         return calls
 
 
-@torch.no_grad()
-def looks_like_chain(module: Denoiser, blocks: Sequence[str], inputs: Arrays) -> bool:
-    """Does every block get its predecessor's output and otherwise what the first one gets?"""
-    shared = shared_names(module.family.inputs(stated_config(module.transformer)))
-    calls: list[BlockCall] = []
-    outputs: list[torch.Tensor] = []
-    with ExitStack() as stack:
-        paths = {name: name for name in blocks}
-        stack.enter_context(seeing(module.transformer, paths, lambda _, call: calls.append(call)))
-        for part in map(module.transformer.get_submodule, blocks):
-            hook = part.register_forward_hook(lambda _, __, output: outputs.append(hidden_states(output)))
-            stack.callback(hook.remove)
-        module(**tensors(take_samples(inputs, slice(1), shared)))
-    follows = all(
-        call.hidden is output and _same(call.with_hidden(calls[0].hidden), calls[0])
-        for output, call in zip(outputs, calls[1:], strict=False)
-    )
-    return len(calls) == len(blocks) > 1 and follows
+def _spread_samples(data: CalibrationData, shared: frozenset[str]) -> list[Arrays]:
+    """Model inputs of at most SHARE_SAMPLES single samples, of calls and places in a call (guidance halves) spread."""
+    count = min(SHARE_SAMPLES, len(data.calls))
+    calls = [data.calls[i] for i in torch.linspace(0, len(data.calls) - 1, count).round().long().tolist()]
+    rows = [number * call.samples // count for number, call in enumerate(calls)]
+    return [take_samples(call.inputs, slice(row, row + 1), shared) for call, row in zip(calls, rows, strict=True)]
 
 
 @torch.no_grad()
@@ -262,18 +272,6 @@ def first_calls(module: Denoiser, blocks: Sequence[str], inputs: Arrays) -> dict
 def tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
     """The same arrays in torch, sharing their memory."""
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
-
-
-def _same(one: BlockCall, other: BlockCall) -> bool:
-    """The same objects in the same places, tensors by their numbers."""
-    left, right = (*one.args, *one.kwargs.values()), (*other.args, *other.kwargs.values())
-    return one.kwargs.keys() == other.kwargs.keys() and len(left) == len(right) and all(map(_equal, left, right))
-
-
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one is other or (one.shape == other.shape and torch.equal(one, other))
-    return one is other or bool(one == other)
 
 
 def float_copy(block: nn.Module) -> nn.Module:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from export.errors import ModelError
 from export.models.load import LoadedModel, denoiser
 from pipeline.backends.base import Arrays
-from pipeline.calibrate.blocks import BlockCall, first_calls, float_copy, looks_like_chain, paths_inside, seeing
+from pipeline.calibrate.blocks import first_calls, float_copy, paths_inside
 from pipeline.calibrate.plan import LayerPlan
+from pipeline.calibrate.streams import KEEP_IT, BlockCall, BlockFlow, is_chain, learn_flows, seeing
 
 F32, F64 = 4, 8
 # Arrays as large as the weights while rounding is learned: the weight, low, gap, inverse, v, its gradient, Adam's two
@@ -45,10 +47,12 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class BlockSize:
-    """A block: bytes of one sample's hidden states, other arguments and activations that gradients keep; weights."""
+    """A block: bytes of one sample's arguments that its predecessor makes, of the others, of what it gives, and of the
+    activations that gradients keep; weights."""
 
     hidden: int
     others: int
+    given: int
     kept: int
     weights: int
     layers: tuple[LayerSize, ...]
@@ -58,7 +62,7 @@ class BlockSize:
 class Sizes:
     """A calibration: samples in all, calls that they come in, samples of the largest call, bytes of a sample's inputs.
 
-    is_chain: see BlockRunner.
+    is_chain: see BlockRunner. weighs: some block gives several streams, so that their shares are measured.
     """
 
     samples: int
@@ -67,6 +71,7 @@ class Sizes:
     inputs: int
     blocks: tuple[BlockSize, ...]
     is_chain: bool
+    weighs: bool = False
 
     @property
     def layers(self) -> list[LayerSize]:
@@ -80,8 +85,17 @@ class Sizes:
     def observing(self, block: BlockSize) -> int:
         """What observing holds: inputs in the float and in the quantized network and outputs of all samples, a call's
         activations, the block three times (float, quantized, changed); where it is no chain, what is done so far."""
-        calls = self.samples * (3 * block.hidden + (1 if self.is_chain else 2) * block.others)
+        calls = self.samples * (2 * block.hidden + block.given + (1 if self.is_chain else 2) * block.others)
         return calls + self.per_call * block.kept + 3 * F32 * block.weights + (not self.is_chain) * self.linear_bytes
+
+    @property
+    def weighing(self) -> int:
+        """What measuring the shares of streams holds, on one sample: what all blocks are called with, and of one block
+        the activations with their gradients and the weights in float32."""
+        if not self.weighs:
+            return 0
+        arguments = sum(block.hidden + block.given for block in self.blocks) + max(one.others for one in self.blocks)
+        return arguments + max(LEARNING_ACTIVATIONS * block.kept + F32 * block.weights for block in self.blocks)
 
     def rows(self, layer: LayerSize, rows: int) -> int:
         """Elements of a layer's inputs with at most `rows` rows of each call; 0: all."""
@@ -96,7 +110,7 @@ class Sizes:
     def total(self, units: Sequence[int], apart: int) -> int:
         """Bytes in all. units: what the method holds for each block; apart: what it holds before or after them."""
         held = [self.observing(block) + unit for block, unit in zip(self.blocks, units, strict=True)]
-        return self.samples * self.inputs + self.linear_bytes // F32 + max(*held, apart)
+        return self.samples * self.inputs + self.linear_bytes // F32 + max(*held, apart, self.weighing)
 
 
 def rounding_bytes(block: BlockSize, batch: int) -> int:
@@ -133,32 +147,56 @@ def measure(
 ) -> Sizes:
     """The sizes of a calibration whose units are these blocks; `one` are the model inputs of one sample."""
     module = denoiser(model)
+    flows = learn_flows(module, list(units), one, 1)
     calls_of = first_calls(module, list(units), one)
-    blocks = (_block_size(module.transformer.get_submodule(name), calls_of[name], name, units[name]) for name in units)
-    chain = looks_like_chain(module, list(units), one)
+    sizes = []
+    for (name, flow), after in zip(flows.items(), (*list(flows.values())[1:], None), strict=True):
+        part = module.transformer.get_submodule(name)
+        sizes.append(_block_size(part, calls_of[name], name, units[name], flow, after))
     inputs = sum(value.nbytes for value in one.values())
-    return Sizes(samples, calls, per_call, inputs, tuple(blocks), chain)
+    weighs = any(len(flow.streams) > 1 for flow in flows.values())
+    return Sizes(samples, calls, per_call, inputs, tuple(sizes), is_chain(flows), weighs)
 
 
-def _block_size(part: nn.Module, call: BlockCall, name: str, plans: Sequence[LayerPlan]) -> BlockSize:
-    """Sizes of a block in a call of one sample."""
+def _block_size(
+    part: nn.Module, call: BlockCall, name: str, plans: Sequence[LayerPlan], flow: BlockFlow, after: BlockFlow | None
+) -> BlockSize:
+    """Sizes of a block in a call of one sample; `after`: the flow of the block behind it.
+
+    Raises ModelError for a layer that the block does not run.
+    """
     block, rows = float_copy(part).requires_grad_(True), dict[str, int]()
 
     def see(layer: str, one: BlockCall) -> None:
-        rows[layer] = one.hidden.numel() // one.hidden.shape[-1]
+        x = one.layer_input()
+        rows[layer] = x.numel() // x.shape[-1]
 
     with torch.enable_grad(), kept_for_gradients() as kept, seeing(block, paths_inside(name, plans), see):
         call.run(block)
-    hidden = call.hidden.nbytes
-    others = sum(tensor.nbytes for tensor in (*call.args, *call.kwargs.values()) if isinstance(tensor, Tensor)) - hidden
+    if missing := [plan.name for plan in plans if plan.name not in rows]:
+        raise ModelError(f"{missing[0]}: its block does not call it, so there is nothing to calibrate on; {KEEP_IT}")
+    hidden, others = _argument_bytes(flow, after)
     layers = (LayerSize(rows[p.name], p.linear.module.out_features, p.linear.module.in_features) for p in plans)
     return BlockSize(
         hidden,
         others,
+        sum(tensor.nbytes for tensor in flow.given.values()),
         kept_bytes(kept, block),
         sum(value.numel() for value in block.parameters()),
         tuple(layers),
     )
+
+
+def _argument_bytes(flow: BlockFlow, after: BlockFlow | None) -> tuple[int, int]:
+    """Bytes of what a block is called with: what each block gets anew, and what is handed from block to block."""
+    sizes = [value.nbytes if isinstance(value, Tensor) else 0 for value in flow.call.values()]
+    if flow.link is not None:
+        handed = [not given for given, _ in flow.link.sources]
+    else:  # the first: what is handed on from here
+        link = None if after is None else after.link
+        handed = [link is not None and place in link.carried for place in range(len(sizes))]
+    others = sum(size for size, is_handed in zip(sizes, handed, strict=True) if is_handed)
+    return sum(sizes) - others, others
 
 
 @contextmanager

@@ -252,9 +252,9 @@ def test_blocks_see_what_the_whole_model_gives_them(family, tmp_path):
         inputs, outputs = spied(denoiser(model), name, data)
         noisy, _ = spied(denoiser(model, {key: WeightOnlyLinear(layer) for key, layer in done.items()}), name, data)
         for i, call in enumerate(observed.calls):
-            torch.testing.assert_close(call.hidden, inputs[i])
-            torch.testing.assert_close(observed.outputs[i], outputs[i])
-            torch.testing.assert_close(observed.noisy[i].hidden, noisy[i], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(call.args[0], inputs[i])
+            torch.testing.assert_close(observed.outputs[i], (outputs[i],))
+            torch.testing.assert_close(observed.noisy[i].args[0], noisy[i], rtol=1e-4, atol=1e-5)
         done |= {plan.name: quantize_linear(plan, "absmax") for plan in group}
         runner.advance(observed, [done[plan.name] for plan in group])
 
@@ -300,7 +300,7 @@ class Watching(Method):
             raise KeyboardInterrupt
         assert unit.observed is not None and self.context.data is not None
         self.seen.append(unit.name)
-        size = float(unit.observed.noisy[0].hidden.square().mean())  # so that the result depends on earlier blocks
+        size = float(unit.observed.noisy[0].args[0].square().mean())  # so that the result depends on earlier blocks
         return [replace(layer, scales=layer.scales * np.float32(1 + 1e-3 * size))
                 for layer in (quantize_linear(plan, "absmax") for plan in unit.plans)]  # fmt: skip
 

@@ -10,7 +10,8 @@ import torch
 
 from pipeline import methods
 from pipeline.backends.reference import FakeQuantLinear
-from pipeline.calibrate.learn.reconstruct import block_loss, with_parts
+from pipeline.calibrate.blocks import run_block, with_parts
+from pipeline.calibrate.learn.reconstruct import block_loss
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.qdiffusion import StaticLinear, learn_steps
 from pipeline.calibrate.methods.rtn import quantize_linear
@@ -35,8 +36,11 @@ def static_layers(observed, fmt: str, scale: float, zero: float | None):
 def loss_of(observed, layers) -> float:
     parts = {observed.names[layer.name]: FakeQuantLinear(layer, torch.float32) for layer in layers}
     block = with_parts(observed.block, parts)
-    outputs = [call.run(block) for call in observed.noisy]
-    return float(block_loss(torch.cat(outputs), torch.cat(observed.outputs)))
+    outputs, targets = (
+        (torch.cat([stream for (stream,) in streams]),)
+        for streams in (run_block(block, observed.noisy), observed.outputs)
+    )
+    return float(block_loss(outputs, targets, observed.streams))
 
 
 @pytest.mark.parametrize(("fmt", "zero"), [("INT4", None), ("E2M1", None), ("UE1M3", -0.75)])

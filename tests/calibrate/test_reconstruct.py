@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from export.errors import RecipeError
+from export.errors import ModelError, RecipeError
 from pipeline import methods
-from pipeline.calibrate.blocks import BlockCall, Observed
+from pipeline.calibrate.blocks import ONLY, Observed
 from pipeline.calibrate.learn.adaround import Schedule, SoftRounding
 from pipeline.calibrate.learn.reconstruct import (
     Batches,
@@ -26,10 +26,12 @@ from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods import fp4dit
 from pipeline.calibrate.methods.rtn import float_weight, quantize_linear
 from pipeline.calibrate.plan import LayerPlan, group_multipliers
+from pipeline.calibrate.streams import BlockCall, Stream
 
 pytestmark = pytest.mark.torch
 
 WIDTH, HIDDEN, TOKENS = 16, 32, 5
+ROWS = (1, 1, 0, 0)  # hidden, gate, table, mask
 
 
 class Block(nn.Module):
@@ -61,18 +63,19 @@ def observed_block(
     block = Block().requires_grad_(False).eval()
     names = {"block.up": "up", "block.down": "down"}
     calls, noisy = (calls_of(list(batches), list(tokens), noise) for noise in (0.0, 0.02))
-    return Observed(block, names, calls, noisy, [float(i) for i in range(len(batches))])
+    return Observed(block, names, calls, noisy, [float(i) for i in range(len(batches))], list(batches), ROWS)
 
 
 def in_float64(observed: Observed) -> Observed:
     calls, noisy = (
         [
-            BlockCall((c.hidden.double(),), {k: None if v is None else v.double() for k, v in c.kwargs.items()})
+            BlockCall((c.args[0].double(),), {k: None if v is None else v.double() for k, v in c.kwargs.items()})
             for c in of
         ]
         for of in (observed.calls, observed.noisy)
     )
-    return Observed(observed.block.double(), observed.names, calls, noisy, observed.timesteps)
+    block = observed.block.double()
+    return Observed(block, observed.names, calls, noisy, observed.timesteps, observed.samples, ROWS)
 
 
 def plans_of(observed: Observed, fmt: str = "E2M1", granularity: str = "exact_group") -> list[LayerPlan]:
@@ -94,14 +97,14 @@ def context(method: str, recipe: str = "mse", seed: int = 0, **options) -> Simpl
 
 def test_a_batch_is_made_of_different_samples_with_their_targets():
     observed = observed_block()
-    batches = Batches(observed.noisy, observed.outputs, 6, generator(0, "block"))
-    everything = torch.cat([call.hidden for call in observed.noisy])
-    targets = torch.cat(observed.outputs)
+    batches = Batches(observed, 6, generator(0, "block"))
+    everything = torch.cat([call.args[0] for call in observed.noisy])
+    targets = torch.cat([output for (output,) in observed.outputs])
     gates = torch.cat([call.kwargs["gate"] for call in observed.noisy])
     seen = set()
     for _ in range(20):
-        call, target = batches.draw()
-        rows = [int((everything == sample).flatten(1).all(1).nonzero()[0, 0]) for sample in call.hidden]
+        call, (target,) = batches.draw()
+        rows = [int((everything == sample).flatten(1).all(1).nonzero()[0, 0]) for sample in call.args[0]]
         assert len(set(rows)) == 6
         assert torch.equal(target, targets[rows])
         assert torch.equal(call.kwargs["gate"], gates[rows])
@@ -113,15 +116,15 @@ def test_a_batch_is_made_of_different_samples_with_their_targets():
 
 def test_samples_of_different_shapes_do_not_meet():
     observed = observed_block(tokens=(5, 7, 5))
-    batches = Batches(observed.noisy, observed.outputs, 16, generator(0, "block"))
-    sizes = {tuple(batches.draw()[0].hidden.shape[:2]) for _ in range(30)}
+    batches = Batches(observed, 16, generator(0, "block"))
+    sizes = {tuple(batches.draw()[0].args[0].shape[:2]) for _ in range(30)}
     assert sizes == {(7, 5), (4, 7)}
 
 
 def test_joining_all_samples_of_one_call_gives_the_call():
     call = calls_of([4], [TOKENS])[0]
-    joined = join([call], [(0, row) for row in range(4)])
-    assert torch.equal(joined.hidden, call.hidden)
+    joined = join([call], [(0, row) for row in range(4)], ROWS)
+    assert torch.equal(joined.args[0], call.args[0])
     assert torch.equal(joined.kwargs["gate"], call.kwargs["gate"])
 
 
@@ -130,7 +133,40 @@ def test_loss_sums_over_tokens_and_averages_over_the_rest():
     expected = sum(
         float((output[b, t, c] - target[b, t, c]) ** 2) for b in range(3) for t in range(4) for c in range(5)
     ) / (3 * 5)
-    assert float(block_loss(output, target)) == pytest.approx(expected, rel=1e-5)
+    assert float(block_loss((output,), (target,), ONLY)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_error_counts_by_the_share_of_its_stream():
+    """Streams of another number of tokens and of another width; one that is handed on and not read."""
+    errors = (torch.full((3, 4, 5), 0.5), torch.full((3, 7, 2), 2.0), torch.full((3, 1, 1), 9.0))
+    targets = tuple(torch.randn(error.shape) for error in errors)
+    outputs = tuple(target + error for target, error in zip(targets, errors, strict=True))
+    streams = (Stream(0, 0.75), Stream(1, 0.25), Stream(3, 0.0))
+    loss = float(block_loss(outputs, targets, streams))
+    assert loss == pytest.approx((4 + 7) * (0.75 * 0.5**2 + 0.25 * 2.0**2), rel=1e-5)
+    even = (Stream(0, 0.5), Stream(1, 0.5))
+    same = [(torch.zeros(2, 3, 4), torch.ones(2, 3, 4)) for _ in even]
+    assert float(block_loss(*zip(*same, strict=True), even)) == 6, "as one stream of all their tokens"
+
+
+def test_calls_that_do_not_come_apart_are_refused():
+    observed = observed_block()
+    observed.rows = None
+    with pytest.raises(ModelError, match=r"block with block\.up: .* does not come apart into samples; use a method"):
+        Batches(observed, 4, generator(0, "block"))
+    observed = observed_block()
+    last = observed.calls[-1]
+    observed.calls[-1] = BlockCall(last.args, {**last.kwargs, "table": 2 * last.kwargs["table"]})
+    with pytest.raises(ModelError, match="gives something else than in the call"):
+        Batches(observed, 4, generator(0, "block"))
+
+
+def test_calls_with_other_tables_do_not_meet():
+    observed = observed_block()
+    for calls in (observed.calls, observed.noisy):
+        calls[-1] = BlockCall(calls[-1].args, {**calls[-1].kwargs, "table": 2 * calls[-1].kwargs["table"]})
+    batches = Batches(observed, 16, generator(0, "block"))
+    assert {len(batches.draw()[0].args[0]) for _ in range(30)} == {3, 8}
 
 
 @pytest.mark.parametrize("scale_aware", [True, False])
@@ -144,10 +180,10 @@ def test_the_loop_is_the_plain_one(scale_aware):
     reconstruct(observed, roundings, LearningSettings(Schedule(iterations), lr, 0.01, 4), "block", 7)
     plain = [SoftRounding(w, b, scale_aware).double() for w, b in zip(weights, bases, strict=True)]
     optimiser = torch.optim.Adam([rounding.v for rounding in plain], lr=lr)
-    batches = Batches(observed.noisy, observed.outputs, 4, generator(7, "block"))
+    batches = Batches(observed, 4, generator(7, "block"))
     for iteration in range(iterations):
-        call, target = batches.draw()
-        x, gate, table = call.hidden, call.kwargs["gate"], call.kwargs["table"]
+        call, (target,) = batches.draw()
+        x, gate, table = call.args[0], call.kwargs["gate"], call.kwargs["table"]
         shares = [(torch.sigmoid(r.v * r.inverse) * 1.2 - 0.1).clamp(0, 1) for r in plain]
         up, down = (r.low + r.gap * share for r, share in zip(plain, shares, strict=True))
         inner = nn.functional.gelu(x @ up.T + observed.block.up.bias)
@@ -274,7 +310,7 @@ def test_a_stray_linear_is_reconstructed_by_itself():
     torch.manual_seed(1)
     linear = nn.Linear(WIDTH, 8).requires_grad_(False)
     calls = [BlockCall((torch.randn(6, WIDTH),), {}) for _ in range(3)]
-    observed = Observed(linear, {"head": ""}, calls, calls, [0.0, 1.0, 2.0])
+    observed = Observed(linear, {"head": ""}, calls, calls, [0.0, 1.0, 2.0], [6, 6, 6], (1,))
     ref = SimpleNamespace(name="head", kind="ff.in", module=linear)
     plan = LayerPlan(ref, "E2M1", "E2M3", "per_channel", 0, (1,))
     method = fp4dit.ScaleAwareRounding(context("fp4dit", iterations=100))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from export.models.load import LinearRef
-from pipeline.calibrate.blocks import BlockCall, Observed
+from pipeline.calibrate.blocks import Observed
 from pipeline.calibrate.data import CalibrationData, Call
 from pipeline.calibrate.method import Context, Unit
 from pipeline.calibrate.plan import make_plans
+from pipeline.calibrate.streams import BlockCall
 from pipeline.methods import METHODS
 from pipeline.recipe import Recipe, with_settings
 
@@ -57,7 +58,7 @@ def make(method: str, *settings: str, seed: int = 0, adaln: bool = False) -> tup
     kinds = KINDS | ({"adaln": "adaln"} if adaln else {})
     linears = [LinearRef(f"blocks.0.{name}", kind, getattr(block, name)) for name, kind in kinds.items()]
     names = {ref.name: ref.name.removeprefix("blocks.0.") for ref in linears}
-    observed = Observed(block, names, calls, calls, timesteps)
+    observed = Observed(block, names, calls, calls, timesteps, [SAMPLES] * len(calls), (1,))
     recipe = with_settings(
         Recipe("test", "none"),
         ["formats.weight=INT4", "formats.activation=INT8", "weights.group_size=8", f"method={method}", *settings],

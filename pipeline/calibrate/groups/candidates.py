@@ -123,7 +123,8 @@ def store_layers(
         for plan, name in zip(plans, gene_names(plans, genes), strict=True)
     }
     blocks = group_by_block(plans)
-    for block, group in track(blocks.items(), len(blocks), "layers to choose from"):
+    for block in track(runner.blocks, len(blocks), "layers to choose from"):
+        group = blocks[block]
         observed = runner.observe(block, group)
         unit = Unit(block, group, observed)
         for plan in (replace(one, group_size=size) for one in group for size in choices[one.name]):

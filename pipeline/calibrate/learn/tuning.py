@@ -238,7 +238,9 @@ def _refuse_too_large(needed: int, what: str) -> None:
 def _network(model: LoadedModel, parts: dict[str, BranchedLinear], calls: Sequence[Call]) -> nn.Module:
     """The denoiser with these linears, at the calls' resolution."""
     module = denoiser(model, parts)
-    set_resolution(module, *calls[0].inputs["hidden_states"].shape[2:])
+    latents = calls[0].inputs["hidden_states"]
+    if latents.ndim > 3:  # of tokens there is no table by height and width
+        set_resolution(module, *latents.shape[-2:])
     return module
 
 

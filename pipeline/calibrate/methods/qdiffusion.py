@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from export.checkpoint import QuantizedLinear
 from export.formats.format import decode, get_format, quantize
-from pipeline.calibrate.blocks import BlockCall, Observed, WeightOnlyLinear
+from pipeline.calibrate.blocks import Observed, Streams, WeightOnlyLinear, streams_of, with_parts
 from pipeline.calibrate.learn import ste
-from pipeline.calibrate.learn.reconstruct import Batches, block_loss, generator, with_parts
+from pipeline.calibrate.learn.reconstruct import Batches, block_loss, generator
 from pipeline.calibrate.method import Unit
 from pipeline.calibrate.methods.baseline import StaticBaseline
+from pipeline.calibrate.streams import BlockCall
 from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
@@ -73,23 +74,24 @@ def learn_steps(
     """Learn the activation scales of a block's layers together; not used where 64 samples are no better off."""
     parts = {layer.name: StaticLinear(layer) for layer in layers}
     block = with_parts(observed.block, {observed.names[layer]: part for layer, part in parts.items()})
-    judged = Batches(observed.noisy, observed.outputs, 64, generator(seed, f"{name} judged")).draw()
-    before = _loss(block, *judged)
+    judged = Batches(observed, 64, generator(seed, f"{name} judged")).draw()
+    with torch.no_grad():
+        before = float(_loss(observed, block, *judged))
     optimiser = torch.optim.Adam([part.factor for part in parts.values()], lr=learning_rate)
-    batches = Batches(observed.noisy, observed.outputs, 16, generator(seed, f"{name} activations"))
+    batches = Batches(observed, 16, generator(seed, f"{name} activations"))
     for _ in track(range(iterations), iterations, f"{name} activations"):
-        call, target = batches.draw()
+        batch = batches.draw()
         optimiser.zero_grad()
-        block_loss(call.run(block), target).backward()
+        _loss(observed, block, *batch).backward()
         optimiser.step()
-    after = _loss(block, *judged)
+    with torch.no_grad():
+        after = float(_loss(observed, block, *judged))
     logger.info("%s: loss %.4g with activation scales of least squared error, %.4g learned", name, before, after)
     return [part.finished() for part in parts.values()] if after < before else layers
 
 
-@torch.no_grad()
-def _loss(block: nn.Module, call: BlockCall, target: Tensor) -> float:
-    return float(block_loss(call.run(block), target))
+def _loss(observed: Observed, block: nn.Module, call: BlockCall, target: Streams) -> Tensor:
+    return block_loss(streams_of(call.run(block), observed.streams), target, observed.streams)
 
 
 class QDiffusion(StaticBaseline):
