@@ -28,6 +28,7 @@ from pipeline.bundle.stages import StageTime
 from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
 from pipeline.generate.components import PipelineSource
 from pipeline.generate.example_prompts import own_prompts
+from pipeline.generate.own_settings import own_settings
 from pipeline.generate.pipeline_classes import DECODER, TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE as SCHEDULER_FILE
 from pipeline.generate.tokenizer import TOKENIZER_FILE
@@ -114,6 +115,7 @@ class PipelineBundle:
                 tokenizers={name: private / name / TOKENIZER_FILE for name in self.tokenizers},
                 scheduler=private / SCHEDULER / SCHEDULER_FILE,
                 prompts=own_prompts(private),
+                settings=own_settings(private),
                 height=height,
                 width=width,
             )

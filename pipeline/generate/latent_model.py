@@ -87,12 +87,14 @@ class LatentModel:
                 f"{source.name}: {row.name} draws with {missing[0]}, which it does not have; build that component too"
             )
         self.name, config = source.name, source.transformer
-        self.n_steps, self.guidance_scale = row.n_steps, row.guidance_scale
+        own = source.settings
+        self.n_steps = row.n_steps if own.n_steps is None else own.n_steps
+        self.guidance_scale = row.guidance_scale if own.guidance_scale is None else own.guidance_scale
         try:
             self.inputs = _denoiser_inputs(row.denoiser, source)
             cell = pixels_per_latent(source.vae)
-            own = config["sample_size"] * cell
-            self.height, self.width = source.height or own, source.width or own
+            side = config["sample_size"] * cell
+            self.height, self.width = source.height or side, source.width or side
             self.latent_shape = (config["in_channels"], self.height // cell, self.width // cell)
             self.shift = np.float32(source.vae.get("shift_factor") or 0)
             self.factor = np.float32(source.vae["scaling_factor"])
