@@ -204,6 +204,10 @@ class Pipeline:
         """Raise RecipeError for what the model cannot draw, as a prompt that it does not know."""
         self.model.check(request)
 
+    def warnings(self, request: DrawRequest) -> tuple[str, ...]:
+        """Sentences on what the model leaves out of a request, see PictureModel; the log has them when it is drawn."""
+        return self.model.warnings(request)
+
     def start(
         self, pictures: Sequence[Picture], n_steps: int | None = None, guidance_scale: float | None = None
     ) -> Drawing:

@@ -151,6 +151,18 @@ class LatentModel:
         request.refuse_noise(self.latent_shape)
         self._scheduler(request.n_steps, request.strength if request.images else 1.0)
 
+    def warnings(self, request: DrawRequest) -> tuple[str, ...]:
+        """As of PictureModel: on prompts of which a text encoder does not take all, which is named if there are more
+        of them."""
+        negative = request.negative_prompts if self._scale(request.guidance_scale) > 1 else ()
+        texts = [self.row.prepare(text) for text in dict.fromkeys((*request.prompts, *negative)) if text]
+        names = {encoder.component: f"{encoder.component}: " for encoder in self.row.encoders}
+        return tuple(
+            ("" if len(names) == 1 else prefix) + cut.sentence
+            for name, prefix in names.items()
+            for cut in filter(None, self.tokenizers[name].cuts(texts))
+        )
+
     def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
         """As of PictureModel."""
         return len(self._scheduler(n_steps, strength).steps)
