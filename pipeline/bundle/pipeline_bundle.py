@@ -94,6 +94,14 @@ class PipelineBundle:
         """As of a Bundle, of all components together. target: of the denoiser."""
         return sum(self.components[name].engine_bytes(own) for name, own in self._targets(target).items())
 
+    @contextmanager
+    def copied_others(self) -> Iterator[Path]:
+        """A private, verified copy of what the bundle holds beside its components and its report, while the context
+        lasts."""
+        rows = {name: row for name, row in self.manifest["files"].items() if not name.startswith("report/")}
+        with verified_copy(self.path, rows) as private:
+            yield private
+
     def _targets(self, target: str) -> dict[str, str]:
         return {name: target if name == TRANSFORMER else "auto" for name in self.components}
 
@@ -104,7 +112,7 @@ class PipelineBundle:
         targets = self._targets(target)
         self.components[TRANSFORMER].choose(target)  # refused before a text encoder has run
         height, width = self.height_and_width()
-        with verified_copy(self.path, self.manifest["files"]) as private:
+        with self.copied_others() as private:
             yield PipelineSource(
                 name=self.name,
                 class_name=self.class_name,

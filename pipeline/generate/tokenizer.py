@@ -123,6 +123,11 @@ class PromptTokenizer:
         return Cut(text, f"the prompt {shown(prompt)} has {more}: {shown(text)} is left out")
 
 
+def canonical(path: Path) -> str:
+    """What a tokenizer.json says, in the one form that this release of the package writes."""
+    return str(_read(path).to_str())
+
+
 def plain_caption(prompt: str) -> str:
     """A prompt as the pipelines of PixArt take it: in lower case, without blanks around it.
 
