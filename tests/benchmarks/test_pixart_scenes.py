@@ -28,6 +28,7 @@ from benchmarks.zoo.pixart_scenes.text import MAX_LENGTH, load_tokenizer
 from export.models.load import load
 from export.models.sources import ZOO
 from pipeline.generate.convert_tokenizer import convert_tokenizer
+from pipeline.generate.own_settings import OwnSettings, own_settings
 from pipeline.generate.schedulers.config import SCHEDULERS
 from pipeline.generate.tokenizer import TOKENIZER_FILE, PromptTokenizer
 
@@ -292,6 +293,10 @@ def published(work_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     publish(TINY, work_dir, folder, seed=1, count=4)
     return folder
+
+
+def test_the_folder_states_what_it_was_measured_with(published):
+    assert own_settings(published) == OwnSettings(TINY.n_steps, picture.GUIDANCE)
 
 
 def test_diffusers_draws_from_the_folder(published):
