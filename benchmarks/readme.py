@@ -416,6 +416,12 @@ def whole_pipelines() -> str:
             cells = [f"{row['peak_memory_bytes'] / 1e9:.2f}", f"{row['picture_s']:.1f}", parts]
             rows.append([_machine(run), way, size, str(run["n_steps"]), *cells])
         notes.append(f"- {_machine(run)}: {_stamp(run)}")
+    counts = read(RESULTS / "pipeline_parameters.json")["parameters"]
+    parts = ", ".join(f"{name} {4 * count / 1e9:.1f}" for name, count in counts.items())
+    notes.append(
+        f"- In float32, as diffusers loads them, the weights of all parts are {4 * sum(counts.values()) / 1e9:.1f} GB "
+        f"({parts}): by the parameters that `benchmarks.zoo.make_pipeline --count` counts, not run."
+    )
     return _with_notes(header, rows, notes, "whole_pipeline")
 
 

@@ -35,6 +35,7 @@ from pipeline.files import (
     tree,
     write_json,
 )
+from pipeline.generate.conditioning import GENERATION_FILE
 from pipeline.generate.convert_tokenizer import convert_tokenizer
 from pipeline.generate.example_prompts import PROMPTS_FILE
 from pipeline.generate.pipeline_classes import TRANSFORMER
@@ -162,15 +163,17 @@ def _link(source: str, destination: str) -> None:
 
 
 def write_others(folder: PipelineFolder, bundle: Path) -> None:
-    """Tokenizers, each as one file, the scheduler's configuration, and the pipeline's prompts where it has a file."""
+    """Tokenizers, each as one file, the scheduler's configuration, and the pipeline's prompts and settings where it has
+    files of them."""
     for name, class_name in folder.tokenizers.items():
         (bundle / name).mkdir(exist_ok=True)
         convert_tokenizer(folder.root / name, class_name, bundle / name)
     (bundle / SCHEDULER).mkdir(exist_ok=True)
     shutil.copyfile(folder.root / SCHEDULER / CONFIG_FILE, bundle / SCHEDULER / CONFIG_FILE)
-    remove(bundle / PROMPTS_FILE)  # of an interrupted build, before the pipeline lost its own
-    if (folder.root / PROMPTS_FILE).exists():
-        shutil.copyfile(folder.root / PROMPTS_FILE, bundle / PROMPTS_FILE)
+    for name in (PROMPTS_FILE, GENERATION_FILE):
+        remove(bundle / name)  # of an interrupted build, before the pipeline lost its own
+        if (folder.root / name).exists():
+            shutil.copyfile(folder.root / name, bundle / name)
 
 
 def proven(request: BuildRequest, folder: PipelineFolder, work: WorkFolder) -> None:

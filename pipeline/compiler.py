@@ -107,7 +107,8 @@ class Prepared:
 
         row, config = model_row(self.model), self.model.config_sha256
         layers = origin(self.model, self.recipe) if self.model.family.quantizes else None
-        named = [layers, sampled_by(self.model) if (self.model.folder / GENERATION_FILE).is_file() else None]
+        sampled = sampled_by(self.model) if (self.model.folder / GENERATION_FILE).is_file() else None
+        named = [layers, sampled, license_of(self.model.source).text]  # every graph states the licence
         return sha256_json([self.recipe.document(), row, config, named, tool_versions(), machine.code_version()])
 
 

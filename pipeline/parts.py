@@ -12,6 +12,7 @@ from export.models.sources import find
 from pipeline.generate.convert_tokenizer import CLASSES as TOKENIZERS
 from pipeline.generate.convert_tokenizer import refuse_tokenizer
 from pipeline.generate.example_prompts import own_prompts
+from pipeline.generate.own_settings import own_settings
 from pipeline.generate.pipeline_classes import DECODER, ENCODER, TRANSFORMER, find_pipeline_class
 from pipeline.generate.pipeline_folder import INDEX, REMEDY, listed_parts, read_index
 from pipeline.generate.schedulers.config import CONFIG_FILE, read_scheduler_config
@@ -121,7 +122,7 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
         else:
             known = ", ".join((*TEXT_ENCODERS, *AUTOENCODERS, *TOKENIZERS))
             raise ModelError(f"{root}: part {name} is of class {class_name}, which cannot be built; known are {known}")
-    own_prompts(root)  # refuses a file of none
+    own_prompts(root), own_settings(root)  # refuse files that cannot be used
     pipeline = PipelineFolder(root, revision, index, tuple(parts), tuple(added), tokenizers, left_out)
     if missing := [name for name in row.components if name not in {part.name for part in parts}]:
         raise ModelError(f"{root / INDEX}: {row.name} draws with {missing[0]}, of which it lists no part; {REMEDY}")

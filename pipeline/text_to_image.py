@@ -21,6 +21,7 @@ from export.documents import shown
 from export.errors import RecipeError
 from pipeline import load, machine
 from pipeline.backends.base import Arrays
+from pipeline.bundle import memory
 from pipeline.bundle.hub import located
 from pipeline.bundle.pipeline_bundle import PipelineBundle, is_pipeline, load_pipeline
 from pipeline.generate.draw import (
@@ -83,13 +84,20 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, target: str = "auto", threads: int | None = None, keep_loaded: bool | None = False
+        cls,
+        path: str | Path,
+        target: str = "auto",
+        threads: int | None = None,
+        keep_loaded: bool | None = False,
+        batch_size: int | None = 1,
     ) -> Pipeline:
         """The pipeline of a bundle folder, whose files are verified; target and threads as `generate` takes them.
 
         keep_loaded: of a whole pipeline, keep all of its parts in memory; else each is loaded when it is needed, and
         let go before the next one is. None: keep them where memory suffices, which is for servers: they draw again and
-        again, and whoever draws once may want the memory for something else.
+        again, and whoever draws once may want the memory for something else. batch_size: pictures that will be drawn
+        at a time, by which a whole pipeline's need of memory is known: where it is short that is said in the log, and
+        raises ResourceError where the weights alone do not fit; None: nothing will be drawn here.
         """
         with located(path) as folder:
             if not is_pipeline(folder):
@@ -98,7 +106,10 @@ class Pipeline:
             whole = load_pipeline(folder, threads)
             kept = keeps_loaded(whole, target) if keep_loaded is None else keep_loaded
             with whole.source(target) as source:
-                return cls(LatentModel(source, kept), whole)
+                model = LatentModel(source, kept)
+            if batch_size is not None:
+                memory.refuse_too_large(whole, model, target, batch_size)
+            return cls(model, whole)
 
     def __call__(
         self,
@@ -203,6 +214,10 @@ class Pipeline:
     def check(self, request: DrawRequest) -> None:
         """Raise RecipeError for what the model cannot draw, as a prompt that it does not know."""
         self.model.check(request)
+
+    def warnings(self, request: DrawRequest) -> tuple[str, ...]:
+        """Sentences on what the model leaves out of a request, see PictureModel; the log has them when it is drawn."""
+        return self.model.warnings(request)
 
     def start(
         self, pictures: Sequence[Picture], n_steps: int | None = None, guidance_scale: float | None = None

@@ -112,6 +112,19 @@ def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def scenes_bundle(shared_folder: Path) -> Path:
+    """The bundled pipeline, built whole and proven; see tests/support/scenes_bundle.py. To be copied, not changed; made
+    by the first process that asks for it, for all."""
+    from filelock import FileLock
+
+    from tests.support import scenes_bundle
+
+    folder = shared_folder / "scenes_bundle"
+    with FileLock(folder.with_name("scenes_bundle.lock")):
+        return folder if folder.exists() else scenes_bundle.build(folder)
+
+
+@pytest.fixture(scope="session")
 def victims(shared_folder: Path) -> Path:
     """Whole folders of every kind that the verbs read, see tests/support/hostile.py. To be copied, not changed; made by
     the first process that asks for them, for all."""

@@ -1,5 +1,5 @@
-"""The run time on 64-bit Arm, in an emulator: from a prompt to a PNG with the bundled model, and with a whole pipeline
-of random weights, as on x86.
+"""The run time on 64-bit Arm, in an emulator: from a prompt to a PNG with the bundled model, and with whole pipelines,
+the bundled one and one of random weights, as on x86.
 
 The kernel library is cross-compiled into the package, as a wheel for Arm has it. What is emulated says nothing of
 speed, and nothing of a board's memory.
@@ -30,7 +30,7 @@ from pipeline.backends.base import CONDITION, MODEL, TIMESTEP, Arrays
 from pipeline.backends.cpu.engine import open_session
 from pipeline.distance import psnr_db, sqnr_db
 from pipeline.generate.draw import to_pixels
-from pipeline.generate.example_prompts import captions, drawn_prompts
+from pipeline.generate.example_prompts import drawn_prompts, own_prompts
 from pipeline.verify.gates import FACTOR_DB, ROUNDED_DB
 from pipeline.verify.parts import part_of
 from tests.support import arm, pipelines
@@ -118,9 +118,8 @@ def test_from_a_prompt_to_a_picture_as_on_x86(board: arm.Arm, bundle: Path, tmp_
 
 # --- a whole pipeline ------------------------------------------------------------------------------------------------
 
-# Prompts. One in three has a code that flips, so that these on x86 show what a flip does.
-PICTURES, EMULATED = 32, 2
-PROMPTS = drawn_prompts(captions(), PICTURES, 0)
+# Pictures, of those drawn on x86.
+EMULATED = 2
 # The prompts' ids, states and latents, what the decoder is given and gives, and one call of what has codes.
 WHOLE_PROGRAM = """
 import json, platform, sys
@@ -193,11 +192,28 @@ class WholeRun:
     picture: Any  # [H, W, 3] uint8, the first one
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a pipeline of random weights, whose pictures have 64 pixels."""
-    folder = tmp_path_factory.mktemp("whole")
-    return build_unproven(folder / "bundle", "-m", str(pipelines.write_wide(folder / "pipeline")), "--target", "cpu")
+@dataclass(frozen=True)
+class Whole:
+    """A bundle, and prompts: as many as show on x86 what a code that flips does."""
+
+    bundle: Path
+    prompts: Sequence[str]
+
+
+# Of random weights one prompt in three has a code that flips, of the bundled pipeline every one.
+PICTURES = {"random": 32, "bundled": 8}
+
+
+@pytest.fixture(scope="module", params=PICTURES)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A pipeline whose pictures have 64 pixels."""
+    if request.param == "bundled":
+        bundle: Path = request.getfixturevalue("scenes_bundle")
+    else:
+        folder = tmp_path_factory.mktemp("whole")
+        flags = ["-m", str(pipelines.write_wide(folder / "pipeline")), "--target", "cpu"]
+        bundle = build_unproven(folder / "bundle", *flags)
+    return Whole(bundle, drawn_prompts(own_prompts(bundle), PICTURES[request.param], 0))
 
 
 def whole_outcome(text: str, output: Path) -> WholeRun:
@@ -206,11 +222,11 @@ def whole_outcome(text: str, output: Path) -> WholeRun:
 
 
 @pytest.fixture(scope="module")
-def on_x86(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WholeRun]:
+def on_x86(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WholeRun]:
     """By target, of all parts."""
     folder, runs = tmp_path_factory.mktemp("x86"), {}
     for target in ("cpu", "onnx"):
-        words = ["-c", WHOLE_PROGRAM, whole, target, STEPS, folder / target, *PROMPTS]
+        words = ["-c", WHOLE_PROGRAM, whole.bundle, target, STEPS, folder / target, *whole.prompts]
         done = arm.called(sys.executable, *words, cwd=arm.ROOT)
         runs[target] = whole_outcome(done, folder / target)
     return runs
@@ -229,11 +245,11 @@ def decibels(reference: Any, value: Any) -> list[float]:
 
 
 def test_a_whole_pipeline_draws_as_on_x86(
-    board: arm.Arm, whole: Path, on_x86: dict[str, WholeRun], tmp_path: Path
+    board: arm.Arm, whole: Whole, on_x86: dict[str, WholeRun], tmp_path: Path
 ) -> None:
     """Ids and noise are equal to the bit. States and latents differ by what a flipped code does, as above; nothing in a
     decoder flips, and its pictures differ by roundings alone."""
-    words = ["-c", WHOLE_PROGRAM, whole, "cpu", STEPS, tmp_path / "arm", *PROMPTS[:EMULATED]]
+    words = ["-c", WHOLE_PROGRAM, whole.bundle, "cpu", STEPS, tmp_path / "arm", *whole.prompts[:EMULATED]]
     emulated = whole_outcome(board.run(*words, cwd=tmp_path), tmp_path / "arm")
     assert emulated.facts == {"machine": "aarch64", "kernels": None}
     x86, own = on_x86["cpu"].arrays, emulated.arrays
@@ -247,9 +263,9 @@ def test_a_whole_pipeline_draws_as_on_x86(
     assert min(states) >= limit_db(on_x86, "states"), states
     latents = decibels(x86["latents"][:EMULATED], own["latents"])
     assert min(latents) >= limit_db(on_x86, "latents"), latents
-    factor = json.loads((whole / "vae_decoder/config.json").read_text())["scaling_factor"]
+    factor = json.loads((whole.bundle / "vae_decoder/config.json").read_text())["scaling_factor"]
     np.testing.assert_array_equal(own["decoder_inputs"], own["latents"][:, -1] / np.float32(factor))
-    decoder = load(whole / "vae_decoder", threads=1).engine("cpu")
+    decoder = load(whole.bundle / "vae_decoder", threads=1).engine("cpu")
     pictures = decoder.run({"latents": own["decoder_inputs"]})["sample"]
     decoder.close()
     assert min(decibels(pictures, own["decoded"])) >= ROUNDED_DB - FACTOR_DB
@@ -258,13 +274,13 @@ def test_a_whole_pipeline_draws_as_on_x86(
 
 
 def test_every_quantizer_gives_the_codes_of_x86(
-    board: arm.Arm, whole: Path, on_x86: dict[str, WholeRun], tmp_path: Path
+    board: arm.Arm, whole: Whole, on_x86: dict[str, WholeRun], tmp_path: Path
 ) -> None:
     """Of what it reads on x86, in a call of the text encoder and of the denoiser: equal to the bit."""
     graphs = []
     for name in ("text_encoder", "transformer"):
         call = {key.partition("/")[2]: array for key, array in on_x86["cpu"].arrays.items() if key.startswith(name)}
-        graphs += quantizers(whole / name / "cpu", call, tmp_path / name)
+        graphs += quantizers(whole.bundle / name / "cpu", call, tmp_path / name)
     arm.called(sys.executable, "-c", CODES_PROGRAM, *graphs, cwd=arm.ROOT)
     expected = list(map(computed, graphs))
     board.run("-c", CODES_PROGRAM, *graphs, cwd=tmp_path)

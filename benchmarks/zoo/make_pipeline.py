@@ -2,24 +2,27 @@
 
 For measuring memory and time where the real weights are not at hand: PixArt-XL/2 at 512 pixels (make_xl.py), a T5-XXL
 encoder (make_t5_xxl.py; 9.5 GB), the autoencoder of Stable Diffusion as diffusers makes it anew, a tokenizer of as many
-pieces, and the published scheduler. `--text-layers 2` leaves most of the encoder away.
+pieces, and the published scheduler. `--text-layers 2` leaves most of the encoder away. `--count` takes no memory and
+makes no weights: it counts the parameters of each part, for benchmarks/results/pipeline_parameters.json.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-from transformers import T5Tokenizer
+from transformers import T5EncoderModel, T5Tokenizer
 
 from benchmarks import record
-from benchmarks.shapes import WORKLOADS
+from benchmarks.shapes import WORKLOADS, Workload
 from benchmarks.zoo import make_t5_xxl, make_xl
 
 PIECES, SYLLABLES = 32_000, 60
+RESULT = "pipeline_parameters"
 # Of the autoencoder of Stable Diffusion 1, which PixArt-alpha has.
 AUTOENCODER = dict(
     block_out_channels=(128, 256, 512, 512),
@@ -51,10 +54,27 @@ def pieces(count: int, seed: int = 0) -> list[tuple[str, float]]:
     return [(text, -float(rank) / 1000) for rank, text in enumerate(texts)]
 
 
+def workload(layers: int | None = None) -> Workload:
+    """The denoiser. layers: None: all."""
+    return WORKLOADS["pixart"].changed(sample_size=64, **({"num_layers": layers} if layers else {}))
+
+
+def parameters() -> dict[str, int]:
+    """Of each part of true size, of diffusers' and transformers' own classes; no memory is taken for them."""
+    shapes, _ = make_xl.shapes_of(workload())
+    with torch.device("meta"):
+        encoder = T5EncoderModel(make_t5_xxl.config_of(make_t5_xxl.LAYERS))
+        autoencoder = AutoencoderKL(**AUTOENCODER)
+    counts = {
+        name: sum(value.numel() for value in module.parameters())  # what is shared counts once
+        for name, module in (("text_encoder", encoder), ("vae", autoencoder))
+    }
+    return counts | {"transformer": sum(math.prod(shape) for shape in shapes.values())}
+
+
 def write(folder: Path, layers: int | None = None, text_layers: int = make_t5_xxl.LAYERS, seed: int = 0) -> None:
     """The whole folder. layers: of the denoiser; None: all."""
-    workload = WORKLOADS["pixart"].changed(sample_size=64, **({"num_layers": layers} if layers else {}))
-    make_xl.write(workload, folder / "transformer", seed)
+    make_xl.write(workload(layers), folder / "transformer", seed)
     make_t5_xxl.write(folder / "text_encoder", make_t5_xxl.config_of(text_layers), seed)
     torch.manual_seed(seed)
     AutoencoderKL(**AUTOENCODER).half().save_pretrained(folder / "vae")
@@ -67,11 +87,16 @@ def write(folder: Path, layers: int | None = None, text_layers: int = make_t5_xx
 
 def main() -> None:
     parser = record.parser("benchmarks.zoo.make_pipeline", __doc__)
-    parser.add_argument("-o", "--output-dir", type=Path, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("-o", "--output-dir", type=Path)
+    where.add_argument("--count", action="store_true", help="count parameters alone")
     parser.add_argument("--layers", type=int, help="blocks of the denoiser (default: all 28)")
     parser.add_argument("--text-layers", type=int, default=make_t5_xxl.LAYERS, help="blocks of the text encoder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = record.parsed(parser)
+    if arguments.count:
+        print(record.write(RESULT, {"class_name": INDEX["_class_name"], "parameters": parameters()}))
+        return
     write(arguments.output_dir, arguments.layers, arguments.text_layers, arguments.seed)
     print(f"{arguments.output_dir}: {INDEX['_class_name']} with random weights")
 

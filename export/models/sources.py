@@ -13,8 +13,8 @@ ZOO = Path(__file__).parent.parent / "zoo"
 
 def find(source: str) -> tuple[Path, str]:
     """Folder or weights file, and revision ("" but for the hub), of `source`: a folder, a .safetensors file, `zoo:NAME`
-    or a hub id OWNER/NAME, with /FOLDER for a part of a pipeline other than its transformer, and with @REVISION (a
-    branch, tag or commit) where it is not the main branch."""
+    with /FOLDER for a part of a bundled pipeline, or a hub id OWNER/NAME, with /FOLDER for a part of a pipeline other
+    than its transformer, and with @REVISION (a branch, tag or commit) where it is not the main branch."""
     if source.startswith("zoo:"):
         return _zoo_folder(source.removeprefix("zoo:")), ""
     path = Path(source).expanduser()
@@ -40,11 +40,16 @@ def zoo_models() -> list[str]:
     )
 
 
-def _zoo_folder(name: str) -> Path:
-    bundled = zoo_models()
+def _zoo_folder(source: str) -> Path:
+    """source: NAME, or NAME/FOLDER."""
+    bundled, (name, slash, part) = zoo_models(), source.partition("/")
     if name not in bundled:
         raise ModelError(f"zoo:{name} is not a bundled model; use one of {', '.join(f'zoo:{row}' for row in bundled)}")
-    return ZOO / name
+    parts = sorted(path.parent.name for path in (ZOO / name).glob("*/config.json"))
+    if slash and part not in parts:
+        remedy = f"use one of {', '.join(f'zoo:{name}/{row}' for row in parts)}" if parts else f"use zoo:{name}"
+        raise ModelError(f"zoo:{source} is no part of a bundled model; {remedy}")
+    return ZOO / name / part
 
 
 def _from_cache(repository: str, revision: str | None, part: str | None = None) -> tuple[Path, str]:

@@ -29,7 +29,7 @@ OTHER_FILES = re.compile(
 PIPELINE_VERSION = 1
 # What lies in a pipeline's folder beside its bundles.
 PIPELINE_FILES = re.compile(
-    r"tokenizer(_\d+)?/tokenizer\.json|scheduler/scheduler_config\.json|prompts\.txt|report/(index\.html|parity\.json)"
+    r"tokenizer(_\d+)?/tokenizer\.json|scheduler/scheduler_config\.json|prompts\.txt|generation\.json|report/(index\.html|parity\.json)"
 )
 # What a repository of the hub has beside a bundle, and what its client keeps: never read, so no part of the bundle.
 HUB_FILES = re.compile(r"README\.md|\.gitattributes|\.cache/huggingface/.+")

@@ -28,6 +28,7 @@ from pipeline.bundle.stages import StageTime
 from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, tree
 from pipeline.generate.components import PipelineSource
 from pipeline.generate.example_prompts import own_prompts
+from pipeline.generate.own_settings import own_settings
 from pipeline.generate.pipeline_classes import DECODER, TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE as SCHEDULER_FILE
 from pipeline.generate.tokenizer import TOKENIZER_FILE
@@ -93,6 +94,14 @@ class PipelineBundle:
         """As of a Bundle, of all components together. target: of the denoiser."""
         return sum(self.components[name].engine_bytes(own) for name, own in self._targets(target).items())
 
+    @contextmanager
+    def copied_others(self) -> Iterator[Path]:
+        """A private, verified copy of what the bundle holds beside its components and its report, while the context
+        lasts."""
+        rows = {name: row for name, row in self.manifest["files"].items() if not name.startswith("report/")}
+        with verified_copy(self.path, rows) as private:
+            yield private
+
     def _targets(self, target: str) -> dict[str, str]:
         return {name: target if name == TRANSFORMER else "auto" for name in self.components}
 
@@ -103,7 +112,7 @@ class PipelineBundle:
         targets = self._targets(target)
         self.components[TRANSFORMER].choose(target)  # refused before a text encoder has run
         height, width = self.height_and_width()
-        with verified_copy(self.path, self.manifest["files"]) as private:
+        with self.copied_others() as private:
             yield PipelineSource(
                 name=self.name,
                 class_name=self.class_name,
@@ -114,6 +123,7 @@ class PipelineBundle:
                 tokenizers={name: private / name / TOKENIZER_FILE for name in self.tokenizers},
                 scheduler=private / SCHEDULER / SCHEDULER_FILE,
                 prompts=own_prompts(private),
+                settings=own_settings(private),
                 height=height,
                 width=width,
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from export.cache_folder import cache_folder
-from export.errors import ContractError
+from export.cache_folder import OVERRIDE, cache_folder
+from export.errors import ContractError, ResourceError
 from export.names import is_hub_link
 from pipeline.bundle.manifest_schema import File
 
@@ -34,16 +35,27 @@ REMEDY = "copy or build the bundle again"
 def verified_copy(folder: Path, rows: Mapping[str, File]) -> Iterator[Path]:
     """A private folder with the files `rows` (name -> size, sha256) of `folder`, for as long as the context lasts.
 
-    Raises ContractError where a file is not there or is not as its row says; OSError where the disk is full.
+    Raises ContractError where a file is not there or is not as its row says, and ResourceError where the disk is short.
     """
     # Where a system cannot remove what is still mapped (Windows), the copy stays behind.
-    with tempfile.TemporaryDirectory(prefix="open-", dir=_place(), ignore_cleanup_errors=True) as private:
+    place = _place()
+    _refuse_full_disk(place or Path(tempfile.gettempdir()), sum(row["size"] for row in rows.values()), folder)
+    with tempfile.TemporaryDirectory(prefix="open-", dir=place, ignore_cleanup_errors=True) as private:
         for name, row in rows.items():
             target = Path(private) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as output:
                 read_verified(folder, name, row, output)
         yield Path(private)
+
+
+def _refuse_full_disk(place: Path, needed_bytes: int, source: Path) -> None:
+    free = shutil.disk_usage(place).free
+    if needed_bytes > free:
+        raise ResourceError(
+            f"{source}: a private copy of {needed_bytes / 1e6:.1f} MB is made to load it, {free / 1e6:.1f} MB are free "
+            f"at {place}; free some space, or set {OVERRIDE} to a folder on another disk"
+        )
 
 
 def read_verified(folder: Path, name: str, row: File, output: BinaryIO) -> None:

@@ -183,7 +183,9 @@ def _drawn(args: argparse.Namespace, folder: Path) -> tuple[str, Pictures, dict[
     if args.pipeline is not None:
         raise RecipeError(f"{args.bundle} draws by itself, without a pipeline; leave --pipeline {args.pipeline} away")
     if bundle is None:
-        opened = Pipeline.load(folder, args.target, args.threads, args.keep_loaded)
+        opened = Pipeline.load(
+            folder, args.target, args.threads, args.keep_loaded, min(len(request.pictures), BATCH_SIZE)
+        )
     else:
         opened = open_pixels(bundle, args.prompt, args.target)
     with opened as pipeline:

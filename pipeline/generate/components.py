@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import RecipeError
 from export.models.families import Config
 from pipeline.backends.base import Arrays, Engine
+from pipeline.generate.own_settings import OwnSettings
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ class PipelineSource:
     name: of the bundle. class_name: of the diffusers pipeline. index: its model_index.json. engines: what loads the
     engine of a component, by its name, as "text_encoder". transformer, vae: configurations of diffusers. tokenizers:
     tokenizer.json files by the names of their components. scheduler: scheduler_config.json. prompts: texts that it
-    draws. height, width: of a picture in pixels, that the engines were made for; None: the model's own.
+    draws. settings: what it is drawn with unless the caller says otherwise. height, width: of a picture in pixels, that
+    the engines were made for; None: the model's own.
     """
 
     name: str
@@ -40,6 +42,7 @@ class PipelineSource:
     tokenizers: Mapping[str, Path]
     scheduler: Path
     prompts: tuple[str, ...] = ()
+    settings: OwnSettings = field(default_factory=OwnSettings)
     height: int | None = None
     width: int | None = None
 

@@ -34,6 +34,8 @@ MOST_ELEMENTS = 2**24
 
 Index = Annotated[int, Ge(0), Le(2**31)]
 Words = Annotated[list[str], MinLen(1)]
+GuidanceScale = Annotated[float, Ge(-1e4), Le(1e4)]
+StepCount = Annotated[int, Ge(1), Le(1000)]
 Table = NDArray[np.float32]
 
 
@@ -82,8 +84,8 @@ class GenerationFile(TypedDict):
     sampler: str
     conditioning: dict[str, object]
     timestep_scale: NotRequired[Annotated[float, Gt(0), Le(1e6)]]
-    guidance_scale: NotRequired[Annotated[float, Ge(-1e4), Le(1e4)]]
-    n_steps: NotRequired[Annotated[int, Ge(1), Le(1000)]]
+    guidance_scale: NotRequired[GuidanceScale]
+    n_steps: NotRequired[StepCount]
     output: NotRequired[Literal["pixels", "latents"]]
 
 

@@ -255,6 +255,9 @@ class PictureModel(Protocol):
     def check(self, request: DrawRequest) -> None:
         """Raise RecipeError for what it cannot draw, without computing anything."""
 
+    def warnings(self, request: DrawRequest) -> tuple[str, ...]:
+        """A sentence on each thing that a request asks for and does not get, as the end of a long prompt."""
+
     def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
         """How often the denoiser is called for a picture of so many steps."""
 

@@ -87,12 +87,14 @@ class LatentModel:
                 f"{source.name}: {row.name} draws with {missing[0]}, which it does not have; build that component too"
             )
         self.name, config = source.name, source.transformer
-        self.n_steps, self.guidance_scale = row.n_steps, row.guidance_scale
+        own = source.settings
+        self.n_steps = row.n_steps if own.n_steps is None else own.n_steps
+        self.guidance_scale = row.guidance_scale if own.guidance_scale is None else own.guidance_scale
         try:
             self.inputs = _denoiser_inputs(row.denoiser, source)
             cell = pixels_per_latent(source.vae)
-            own = config["sample_size"] * cell
-            self.height, self.width = source.height or own, source.width or own
+            side = config["sample_size"] * cell
+            self.height, self.width = source.height or side, source.width or side
             self.latent_shape = (config["in_channels"], self.height // cell, self.width // cell)
             self.shift = np.float32(source.vae.get("shift_factor") or 0)
             self.factor = np.float32(source.vae["scaling_factor"])
@@ -148,6 +150,18 @@ class LatentModel:
             )
         request.refuse_noise(self.latent_shape)
         self._scheduler(request.n_steps, request.strength if request.images else 1.0)
+
+    def warnings(self, request: DrawRequest) -> tuple[str, ...]:
+        """As of PictureModel: on prompts of which a text encoder does not take all, which is named if there are more
+        of them."""
+        negative = request.negative_prompts if self._scale(request.guidance_scale) > 1 else ()
+        texts = [self.row.prepare(text) for text in dict.fromkeys((*request.prompts, *negative)) if text]
+        names = {encoder.component: f"{encoder.component}: " for encoder in self.row.encoders}
+        return tuple(
+            ("" if len(names) == 1 else prefix) + cut.sentence
+            for name, prefix in names.items()
+            for cut in filter(None, self.tokenizers[name].cuts(texts))
+        )
 
     def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
         """As of PictureModel."""

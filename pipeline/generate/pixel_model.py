@@ -51,6 +51,10 @@ class PixelModel:
         self._sampler(request.n_steps)
         self.calls(request.n_steps, request.strength if request.images else 1.0)
 
+    def warnings(self, request: DrawRequest) -> tuple[str, ...]:
+        """As of PictureModel: none, for a prompt that it does not know is refused."""
+        return ()
+
     def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
         """As of PictureModel."""
         return self._sampler(n_steps).n_steps - self._first(n_steps, strength)

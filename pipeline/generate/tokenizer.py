@@ -46,6 +46,14 @@ class Tokens:
     left_out: tuple[str | None, ...]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What of a prompt does not fit. text: that part. sentence: on it, for people."""
+
+    text: str
+    sentence: str
+
+
 class PromptTokenizer:
     """Tokenizes prompts to `max_length` tokens each. Nothing in it changes: it may be called from many threads."""
 
@@ -81,19 +89,27 @@ class PromptTokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Of prompts, as they are: see `plain_caption` for pipelines that lower them first. What does not fit is cut
         off and logged. Raises RecipeError for a prompt with characters that no encoding has."""
-        for prompt in prompts:
-            _refuse_surrogates(prompt)
-        encodings = self._tokenizer.encode_batch(list(prompts))
-        left_out = tuple(self._left_out(*pair) for pair in zip(prompts, encodings, strict=True))
+        encodings = self._encodings(prompts)
+        cuts = [self._cut(*pair) for pair in zip(prompts, encodings, strict=True)]
+        for cut in filter(None, cuts):
+            logger.warning("%s", cut.sentence)
         shape = (len(encodings), self.max_length)
         return Tokens(
             np.array([encoding.ids for encoding in encodings], np.int64).reshape(shape),
             np.array([encoding.attention_mask for encoding in encodings], np.int64).reshape(shape),
-            left_out,
+            tuple(None if cut is None else cut.text for cut in cuts),
         )
 
-    def _left_out(self, prompt: str, encoding: Encoding) -> str | None:
-        """The part of a prompt that did not fit, logged."""
+    def cuts(self, prompts: Sequence[str]) -> tuple[Cut | None, ...]:
+        """What of each prompt does not fit, None where all does; nothing is logged. Raises as a call."""
+        return tuple(self._cut(*pair) for pair in zip(prompts, self._encodings(prompts), strict=True))
+
+    def _encodings(self, prompts: Sequence[str]) -> list[Encoding]:
+        for prompt in prompts:
+            _refuse_surrogates(prompt)
+        return self._tokenizer.encode_batch(list(prompts))
+
+    def _cut(self, prompt: str, encoding: Encoding) -> Cut | None:
         spans = [
             span
             for rest in encoding.overflowing
@@ -103,11 +119,13 @@ class PromptTokenizer:
         if not spans:
             return None
         text = prompt[min(start for start, _ in spans) : max(end for _, end in spans)]
-        logger.warning(
-            "the prompt %s has %d tokens more than the %d that fit: %s is left out",
-            shown(prompt), len(spans), self.max_length, shown(text),
-        )  # fmt: skip
-        return text
+        more = f"{len(spans)} tokens more than the {self.max_length} that fit"
+        return Cut(text, f"the prompt {shown(prompt)} has {more}: {shown(text)} is left out")
+
+
+def canonical(path: Path) -> str:
+    """What a tokenizer.json says, in the one form that this release of the package writes."""
+    return str(_read(path).to_str())
 
 
 def plain_caption(prompt: str) -> str:

@@ -158,8 +158,9 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
         names, address = names_of(listener, args.allowed_host), address_of(listener)
         if not is_local(listener) and key is None:
             logger.warning("%s can be reached from other machines, without an API key: see --api-key", args.host)
-        kept = args.keep_loaded if scale is None else False  # replicas keep theirs, this process has none
-        with Pipeline.load(args.bundle, args.target, args.threads, kept) as pipeline:
+        # With replicas they keep theirs and draw, and this process has none.
+        kept, drawn = (args.keep_loaded, limits.batch_size) if scale is None else (False, None)
+        with Pipeline.load(args.bundle, args.target, args.threads, kept, drawn) as pipeline:
             name = f"ditc-{listener.getsockname()[1]}-{os.getpid()}"
             with make_service(pipeline, limits, scale, args, name) as service:
                 service.start()

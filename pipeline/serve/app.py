@@ -213,7 +213,7 @@ async def _all_pictures(service: Service, asked: Asked, submitted: Submitted, re
             if isinstance(event, Drawn):
                 png, seed = await as_png(event.pixels), asked.request.pictures[event.index].seed
                 row = {"url": _address(request, service.store.put(png))} if asked.by_url else _in_text(png)
-                rows[event.index] = row | {"seed": seed}
+                rows[event.index] = row | {"seed": seed, "warnings": asked.warnings}
     return {"created": int(time.time()), "data": [rows[index] for index in sorted(rows)]}
 
 
@@ -265,6 +265,7 @@ class EventStream(Response):
             "output_format": "png",
             "index": event.index,
             "seed": self.asked.request.pictures[event.index].seed,
+            "warnings": self.asked.warnings,
         }
         if isinstance(event, Drawn):
             return {"kind": "image_generation.completed", **fields}

@@ -73,12 +73,14 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for, with everything stated. preview_steps: after how many steps there are previews."""
+    """What a request asks for, with everything stated. preview_steps: after how many steps there are previews.
+    warnings: sentences on what of it is left out."""
 
     request: DrawRequest
     by_url: bool
     stream: bool
     preview_steps: frozenset[int]
+    warnings: tuple[str, ...]
 
 
 def read(body: bytes, pipeline: Pipeline) -> Asked:
@@ -113,7 +115,8 @@ def read(body: bytes, pipeline: Pipeline) -> Asked:
         raise ApiError(400, f"partial_images {previews} without stream; set stream to true", param="partial_images")
     if by_url and stream:
         raise ApiError(400, "response_format url with stream; a stream has b64_json alone", param="response_format")
-    return Asked(request, by_url, stream, spread(previews, pipeline.model.calls(n_steps)))
+    shown_after = spread(previews, pipeline.model.calls(n_steps))
+    return Asked(request, by_url, stream, shown_after, pipeline.warnings(request))
 
 
 def spread(previews: int, n_steps: int) -> frozenset[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.documents import sha256
+from export.documents import Rules, read_json, sha256
 from export.errors import ContractError, ParityError, RecipeError, RegressionError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import read_config
@@ -22,12 +22,15 @@ from pipeline.backends.base import LoweredGraph
 from pipeline.backends.metadata_file import LoweredHashes
 from pipeline.bundle.bundle import Bundle, load_bundle
 from pipeline.bundle.contents import GENERATION_FILES
-from pipeline.bundle.pipeline_bundle import is_pipeline, load_pipeline
+from pipeline.bundle.pipeline_bundle import PipelineBundle, is_pipeline, load_pipeline
 from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, add_model_flags, add_threads, parser, run
+from pipeline.compile_pipeline import write_others
 from pipeline.compiler import describe
 from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, new_folder, refuse_in_bundle, refuse_unwritable, tree
-from pipeline.parts import read_folder
+from pipeline.generate.example_prompts import prompt_lines
+from pipeline.generate.tokenizer import TOKENIZER_FILE, canonical
+from pipeline.parts import PipelineFolder, read_folder
 from pipeline.recipe import ModelFlags, load_float_model, with_model
 from pipeline.signals import leave
 from pipeline.verify.baseline import Comparison, load_tolerances
@@ -157,6 +160,7 @@ def verify_pipeline(
     whole, _ = timed("files", lambda: load_pipeline(path, threads))
     recipe = with_model(recipes.from_dict(whole.manifest["recipe"], str(path / PIPELINE_FILE)), *flags)
     folder = read_folder(recipe)
+    refuse_other_pipeline(whole, folder)
     own, _ = timed("pipeline", lambda: pipeline_report(whole, folder))
     report = Report(list(own.gates))
     for name in whole.components:
@@ -168,6 +172,38 @@ def verify_pipeline(
         report.notes += [f"{name}: {note}" for note in component.notes]
     write_pipeline_page(own, whole, {name: report_dir / name for name in whole.components}, report_dir)
     return report
+
+
+def refuse_other_pipeline(whole: PipelineBundle, folder: PipelineFolder) -> None:
+    """Raise ContractError where what a pipeline bundle holds beside its components (tokenizers, scheduler, prompts,
+    settings, the index) is not what its folder makes: in what it says, however it is written."""
+    with tempfile.TemporaryDirectory(prefix="ditc-") as name, whole.copied_others() as private:
+        write_others(folder, Path(name))
+        own, held = (_contents(place) for place in (Path(name), private))
+    own[PIPELINE_FILE], held[PIPELINE_FILE] = _described(folder.index), _described(whole.manifest["index"])
+    if differing := sorted(file for file in own.keys() | held.keys() if own.get(file) != held.get(file)):
+        raise ContractError(
+            f"{whole.path / differing[0]} is not what {folder.root} makes; build the bundle again, or name the folder "
+            "that it was built from with -m"
+        )
+
+
+def _contents(folder: Path) -> dict[str, object]:
+    """What every file below a folder says."""
+    return {file: _content(folder / file) for file in tree(folder)}
+
+
+def _content(path: Path) -> object:
+    if path.name == TOKENIZER_FILE:
+        return canonical(path)
+    if path.suffix != ".json":
+        return prompt_lines(path)
+    return _described(read_json(path, dict[str, object], Rules(infinite=True)))  # which schedulers of diffusers state
+
+
+def _described(document: Mapping[str, object]) -> dict[str, object]:
+    """A document of diffusers without notes on its origin (keys that begin with "_"), but for the class."""
+    return _stated(document) | {"_class_name": document.get("_class_name")}
 
 
 def refuse_other_description(bundle: Bundle, model: LoadedModel) -> None:

@@ -229,12 +229,14 @@ def _diffusers_pictures(
     prompts: Sequence[str],
     decoder: Engine | None = None,
 ) -> NDArray[np.floating]:
-    """Theirs, as of `_drawn`, with the same engines in it. Guidance is not said: the default of ours is compared with
-    theirs, too. decoder: as of `diffusers_pipeline`."""
+    """Theirs, as of `_drawn`, with the same engines in it. Guidance is not said unless the bundle states its
+    own: the default of ours is compared with theirs, too. decoder: as of `diffusers_pipeline`."""
     import torch
 
     model = LatentModel(source)
     pipe = diffusers_pipeline(engines, bundle, folder, decoder)
+    own = source.settings.guidance_scale
+    said = {} if own is None else {"guidance_scale": own}
     pictures = []
     for seed, prompt in enumerate(prompts, SEED):
         noise = SeededNoise([seed])
@@ -243,7 +245,7 @@ def _diffusers_pictures(
         if "latents" in inspect.signature(type(pipe).__call__).parameters:
             named["latents"] = latents
         with _noise_of(pipe.scheduler, noise, latents, pipe):
-            pictures.append(pipe(**named, num_inference_steps=STEPS, output_type="np").images)
+            pictures.append(pipe(**named, **said, num_inference_steps=STEPS, output_type="np").images)
     return np.concatenate(pictures)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import whole_pipeline
-from benchmarks.zoo.make_pipeline import INDEX, pieces
+from benchmarks import record, whole_pipeline
+from benchmarks.zoo.make_pipeline import INDEX, RESULT, parameters, pieces
 from pipeline.parts import AUTOENCODERS, TEXT_ENCODERS
 
 pytestmark = pytest.mark.torch
@@ -27,6 +27,13 @@ def test_the_summary_has_a_column_for_each_part() -> None:
     row = {"picture_s": 2.5, "parts_s": {"text_encoder": 1.0, "vae_decoder": 1.5}, "peak_memory_bytes": 2_000_000}
     table = whole_pipeline.summary({"ways": {"in turn": row, "kept loaded": row}})
     assert "| in turn | 2.5 | 1.0 | 1.5 | 2 |" in table
+
+
+def test_parameters_that_the_docs_name_are_those_of_the_classes() -> None:
+    """T5-XXL's encoder has 4.7 B of them, of which the float32 weights alone are 19 GB."""
+    counts = parameters()
+    assert counts == record.read(record.RESULTS / f"{RESULT}.json")["parameters"]
+    assert 4 * sum(counts.values()) > 20e9 and counts["text_encoder"] > 4.7e9
 
 
 @pytest.mark.slow

@@ -26,7 +26,9 @@ from benchmarks.zoo.pixart_scenes.publish import (
 from benchmarks.zoo.pixart_scenes.stage import Stage
 from benchmarks.zoo.pixart_scenes.text import MAX_LENGTH, load_tokenizer
 from export.models.load import load
+from export.models.sources import ZOO
 from pipeline.generate.convert_tokenizer import convert_tokenizer
+from pipeline.generate.own_settings import OwnSettings, own_settings
 from pipeline.generate.schedulers.config import SCHEDULERS
 from pipeline.generate.tokenizer import TOKENIZER_FILE, PromptTokenizer
 
@@ -259,6 +261,10 @@ def published(work_dir, tmp_path_factory):
     return folder
 
 
+def test_the_folder_states_what_it_was_measured_with(published):
+    assert own_settings(published) == OwnSettings(TINY.n_steps, picture.GUIDANCE)
+
+
 def test_diffusers_draws_from_the_folder(published):
     pipeline = PixArtAlphaPipeline.from_pretrained(published, local_files_only=True)
     image = pipeline(
@@ -299,6 +305,24 @@ def test_a_weight_that_overflows_fp16_is_refused(published):
     pipeline.transformer.proj_out.bias.data[0] = 1e5
     with pytest.raises(ValueError, match=r"transformer: proj_out\.bias is not finite in fp16"):
         refuse_infinite(pipeline)
+
+
+# What the published pipeline has been read right in, of 500 held-out scenes. A better one may raise these; one that is
+# worse by more than three standard deviations of such a share is not published.
+PUBLISHED = {
+    "count": 0.202, "size": 0.614, "colour": 0.444, "shape": 0.445, "glyph": 0.323, "relation": 0.301,
+    "background": 1.0, "mean": 0.475, "everything": 0.134,
+}  # fmt: skip
+
+
+@pytest.mark.fast
+def test_the_published_pipeline_is_no_worse_than_it_was():
+    document = json.loads((ZOO / NAME / "quality.json").read_text())
+    assert set(document["accuracy"]) == set(PUBLISHED) and document["count"] >= 500
+    for slot, before in PUBLISHED.items():
+        variance = max(before * (1 - before), 1 / document["count"])  # where all were right one may yet be wrong
+        floor = before - 3 * (variance / document["count"]) ** 0.5
+        assert document["accuracy"][slot] >= floor, slot
 
 
 # --- as a subject of the quality tables -------------------------------------------------------------------------------

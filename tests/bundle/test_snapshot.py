@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.cache_folder import cache_folder
-from export.errors import ContractError
+from export.errors import ContractError, ResourceError
 from pipeline import load
 from pipeline.backends import BACKENDS
 from pipeline.backends.cpu.engine import CpuEngine
@@ -212,3 +213,13 @@ def test_a_full_disk_is_told_as_such(folder: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError) as caught:
         load(folder).engine("cpu")
     assert judge(caught.value)[0] == 5
+
+
+def test_a_disk_without_room_is_said_before_anything_is_copied(
+    folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    sizes = r"a private copy of 1\.\d MB is made to load it, 0\.0 MB are free"
+    with pytest.raises(ResourceError, match=rf"{sizes} at .*; free some space, or set DITC_CACHE"):
+        load(folder).engine("cpu")
+    assert not list(place.iterdir())

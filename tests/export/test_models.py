@@ -227,6 +227,19 @@ def test_zoo_name_that_does_not_exist():
         load("zoo:nothing")
 
 
+def test_a_part_of_a_bundled_pipeline():
+    model = load("zoo:pixart_scenes/text_encoder")
+    assert (model.family.name, model.folder.name, model.folder.parent.name) == ("t5", "text_encoder", "pixart_scenes")
+    for name, remedy in {
+        "pixart_scenes/tokenizer": "use one of zoo:pixart_scenes/text_encoder, zoo:pixart_scenes/transformer, zoo:p",
+        "pixart_scenes/": "use one of zoo:pixart_scenes/text_encoder",
+        "pixart_scenes/../dit_mini": "use one of zoo:pixart_scenes/text_encoder",
+        "pixart_mini/transformer": "use zoo:pixart_mini",
+    }.items():
+        with pytest.raises(ModelError, match=rf"^zoo:{name} is no part of a bundled model; {remedy}"):
+            load(f"zoo:{name}")
+
+
 def test_folder_that_does_not_exist():
     with pytest.raises(ModelError, match="not a folder here and not a hub id; give a folder"):
         load("./does/not/exist")

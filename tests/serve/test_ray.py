@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.distance import psnr_db
 from pipeline.text_to_image import Pipeline
-from tests.serve.test_server import bundle, started  # noqa: F401
+from tests.serve.test_server import ROOT, bundle, started  # noqa: F401
 from tests.support.ray_started import cluster, python, until  # noqa: F401
 from tests.support.serving import pixels, pixels_of
 
@@ -81,7 +81,8 @@ def test_replicas_come_by_load_and_one_that_is_killed_loses_nothing(bundle: Path
             assert server.metrics()["ditc_pictures_total"] == len(drawn) * PICTURES
             assert json.loads(server.get("/health"))["status"] == "ready"
             code, log = server.end()
-        assert code == 0 and "Traceback" not in log and "a replica has ended after step" in log, log
+        # No trace of this package; Ray's own tasks may tell of the one that was asked how it is when it was killed.
+        assert code == 0 and f'File "{ROOT}' not in log and "a replica has ended after step" in log, log
         until(lambda: not replicas(parent))
     gates = json.loads((bundle / "report/parity.json").read_text())["gates"]
     [limit] = [gate["limit"] for gate in gates if gate["name"] == "cpu/final_psnr_db"]

@@ -120,27 +120,12 @@ def test_another_class_or_part_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def random(folder: Path) -> Path:
-    """PixArt-alpha's of random weights, with scheduler and further conditions as the published ones have them."""
+    """A bundle without proof of PixArt-alpha's of random weights, with scheduler and further conditions as the
+    published ones have them."""
     from tests.support import pipelines, tiny
 
-    return pipelines.write_wide(folder, **tiny.SIZES)
-
-
-def scenes(folder: Path) -> Path:
-    """One as benchmarks/zoo/pixart_scenes trains it, of random weights: its tokenizer, its sizes, its scheduler."""
-    import torch
-    from diffusers import PixArtAlphaPipeline
-
-    from benchmarks.zoo.pixart_scenes import parts, text
-
-    torch.manual_seed(0)
-    text.train_tokenizer(folder.with_name("tokenizer"), 0)
-    tokenizer, denoiser = text.load_tokenizer(folder.with_name("tokenizer")), parts.denoiser()
-    torch.nn.init.normal_(denoiser.proj_out.weight, std=0.05)  # else it predicts nothing
-    encoder, autoencoder = parts.text_encoder(len(tokenizer)), parts.autoencoder()
-    autoencoder.to(memory_format=torch.contiguous_format)
-    PixArtAlphaPipeline(tokenizer, encoder, autoencoder, denoiser, parts.scheduler()).save_pretrained(folder)
-    return folder
+    root = pipelines.write_wide(folder / "pipeline", **tiny.SIZES)
+    return build_unproven(folder / "engine", "-m", str(root), "--target", "cpu", "--set", "weights.group_size=32")
 
 
 @dataclass(frozen=True)
@@ -149,13 +134,11 @@ class Exported:
     page: Path
 
 
-@pytest.fixture(scope="module", params=[random, scenes])
+@pytest.fixture(scope="module", params=["random", "bundled"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A bundle without proof, and its page."""
-    write: Callable[[Path], Path] = request.param
-    folder = tmp_path_factory.mktemp(write.__name__)
-    flags = ["-m", str(write(folder / "pipeline")), "--target", "cpu", "--set", "weights.group_size=32"]
-    bundle = build_unproven(folder / "engine", *flags)
+    """A bundle, of random weights or of the bundled pipeline, and its page."""
+    folder = tmp_path_factory.mktemp(request.param)
+    bundle = request.getfixturevalue("scenes_bundle") if request.param == "bundled" else random(folder)
     return Exported(bundle, exported(bundle, folder / "page"))
 
 

@@ -17,6 +17,7 @@ from benchmarks.zoo.pixart_scenes.captions import captions
 from benchmarks.zoo.pixart_scenes.picture import GUIDANCE, draw, pipeline_of, save_sheet
 from benchmarks.zoo.pixart_scenes.stage import EMA_DECAY, read_state
 from benchmarks.zoo.pixart_scenes.train import DROP_SHARE, KL_WEIGHT, Plan, trained
+from export.models.description import GENERATION_FILE
 from pipeline.files import write_json
 from pipeline.generate.example_prompts import PROMPTS_FILE
 
@@ -95,6 +96,7 @@ def publish(plan: Plan, work_dir: Path, folder: Path, seed: int, count: int) -> 
     save_file(judge.state_dict(), folder / READER_FILE, metadata={"format": "pt"})
     scenes = board.sample_split(PROMPTS, torch.Generator().manual_seed(seed))
     (folder / PROMPTS_FILE).write_text("\n".join([*dict.fromkeys(captions(scenes)), ""]), encoding="utf-8")
+    write_json(folder / GENERATION_FILE, {"n_steps": plan.n_steps, "guidance_scale": GUIDANCE})
     write_json(folder / "training.json", facts)
     pipeline.to(torch.float32)  # the values that fp16 holds
     document, drawn = measure(pipeline, judge, count, plan.n_steps, seed)
@@ -119,6 +121,9 @@ A whole `PixArtAlphaPipeline` of {size} x {size} pixels, small and trained: {par
     from diffusers import PixArtAlphaPipeline
     pipe = PixArtAlphaPipeline.from_pretrained(FOLDER)
     pipe("{example}", num_inference_steps={n_steps}, guidance_scale={guidance}, use_resolution_binning=False).images[0]
+
+A bundle of it is drawn with these steps and this guidance unless its caller says otherwise (`{settings}`);
+diffusers has to be told, as above.
 
 - **Data**: scenes drawn by `benchmarks/zoo/pixart_scenes/board.py`, told by `captions.py`. No file is downloaded. One
   scene in nine is held out and never trained on.
@@ -199,6 +204,7 @@ def card(folder: Path) -> str:
         latents=facts["latents"],
         stages=stages,
         reader=READER_FILE,
+        settings=GENERATION_FILE,
         quality=quality,
         count=document["count"],
         conditions=document["conditions"],

@@ -26,6 +26,11 @@ function complain(text) {
   at("error").hidden = !text;
 }
 
+function warn(sentences) {
+  at("warning").textContent = sentences.join("\n");
+  at("warning").hidden = !sentences.length;
+}
+
 // --- what the server draws with ---
 
 async function loadModel() {
@@ -156,6 +161,7 @@ async function draw() {
     if (!response.ok) throw new Error(await failure(response));
     for await (const event of events(response.body)) {
       if (event.type === "error") throw new Error(event.error.message);
+      warn(event.warnings);
       const figure = tiles[event.index];
       show(figure, event);
       if (event.type === "image_generation.completed") {
@@ -187,6 +193,7 @@ at("form").addEventListener("submit", async (submit) => {
   running = new AbortController();
   const started = performance.now();
   complain("");
+  warn([]);
   at("status").textContent = "waiting";
   busy(true);
   try {
