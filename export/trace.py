@@ -35,6 +35,7 @@ from export.onnx_files import quiet
 from export.quantize_graph import PLACEHOLDER
 
 IR_VERSION = 10
+MOST_TRACED_TOKENS = 1024
 MODULE_PREFIX = "transformer."
 ATTENTION = "QuantizedAttention"
 # A node of the trace alone: what it passes on ends a stretch, and gets the name of the part that computed it.
@@ -89,7 +90,9 @@ def trace(
         )  # fmt: skip
         assert onnx_program is not None
         model = onnx_program.model
-        _open_weights(model, set(program.state_dict) | set(program.constants))
+        # What a family gives the module beside its inputs are constants of the graph, not weights.
+        given = set(program.graph_signature.inputs_to_lifted_tensor_constants.values())
+        _open_weights(model, (set(program.state_dict) | set(program.constants)) - given)
         _clean(model)
     model.graph.name = module.family.noun
     _name_axes(model, rows)
@@ -105,7 +108,9 @@ def exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, A
     """
     least = {name: row.least_side for row in rows for name in row.dynamic_axes.values() if name in SIDES}
     names = {name for row in rows for name in row.dynamic_axes.values()}
-    sizes = {name: torch.export.Dim(name, min=least.get(name)) for name in sorted(names)}
+    # Tables of rotary positions end somewhere; up to here all do, and an engine's graph has no such end.
+    most = {"tokens": MOST_TRACED_TOKENS} if module.family.recordings is not None else {}
+    sizes = {name: torch.export.Dim(name, min=least.get(name), max=most.get(name)) for name in sorted(names)}
     dynamic = tuple({axis: sizes[name] for axis, name in row.dynamic_axes.items()} for row in rows)
     args = tuple(torch.from_numpy(samples[row.name]) for row in rows)
     with torch.no_grad():

@@ -141,7 +141,13 @@ def prepare(request: BuildRequest) -> Prepared:
     logger.info("%s of %s for %s into %s", recipe.name, recipe.model, ", ".join(request.targets), request.output)
     model, model_time = timed("model", lambda: load_float_model(recipe), request.listener)
     give_back_weights(model)  # all were read, to check them
+    if model.family.quantizes:
+        logger.info("%s: %s", recipe.model, model.coverage())
     model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
+    if model.family.recordings is not None:
+        from export.to_onnx import refuse_fixed_axes
+
+        refuse_fixed_axes(model, recipe.sampling.height, recipe.sampling.width)
     recipe = with_method(recipe, model)
     for target in request.targets:
         recipe = BACKENDS[target].settled(recipe)

@@ -530,6 +530,10 @@ def load_float_model(recipe: Recipe) -> LoadedModel:
 
     keep = (lambda path: any(re.fullmatch(pattern, path) for pattern in recipe.keep)) if recipe.keep else None
     model = load(recipe.model, False, recipe.model_variant, recipe.model_config, recipe.half, keep)
+    if model.family.recordings is not None:  # what it is given beside its inputs is of one size
+        from export.models.torch_modules import set_resolution
+
+        set_resolution(model.module, *model.cells(recipe.sampling.height, recipe.sampling.width))
     for pattern in recipe.keep:
         if not any(re.fullmatch(pattern, path) for path, reason in model.kept() if reason == KEPT_BY_RECIPE):
             paths = ", ".join([ref.name for ref in model.linears()][:3])

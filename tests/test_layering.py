@@ -39,6 +39,8 @@ DEFINES_TORCH_MODULES = {
     "export/models/bert_modules.py",
     "export/models/causal_modules.py",
     "export/models/clip_modules.py",
+    "export/models/recorded.py",
+    "export/models/recording.py",
     "export/models/t5_modules.py",
     "export/models/text_modules.py",
     "export/models/torch_modules.py",

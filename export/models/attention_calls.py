@@ -103,6 +103,7 @@ def attention_names(model: LoadedModel) -> tuple[str, ...]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from export.models.load import denoiser, sample_inputs
+    from export.models.torch_modules import set_resolution
 
     names: list[str] = []
 
@@ -110,7 +111,9 @@ def attention_names(model: LoadedModel) -> tuple[str, ...]:
         names.append(name)
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
-    module, arrays = denoiser(model), sample_inputs(model, 1, 0)
+    module, arrays = denoiser(model, {}), sample_inputs(model, 1, 0)  # a copy, which may be of another size
+    if model.family.recordings is not None:
+        set_resolution(module, *model.cells())
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = {key: mode.from_tensor(torch.from_numpy(array)) for key, array in arrays.items()}
         with attention_calls(module.transformer, note):

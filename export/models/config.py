@@ -31,6 +31,7 @@ UNBOUNDED = ("rope_theta",)
 MOST_POSITIONS = 2**27
 
 Count = Annotated[int, Ge(1), Le(MOST)]
+Side = Annotated[int, Ge(1), Le(256)]  # of a patch; of a video's one for each of frames, rows and columns
 
 
 class Numbers(TypedDict):
@@ -44,7 +45,7 @@ class Numbers(TypedDict):
     in_channels: NotRequired[Annotated[int, Ge(1), Le(4096)]]
     out_channels: NotRequired[Annotated[int, Ge(1), Le(8192)] | None]
     sample_size: NotRequired[Annotated[int, Ge(1), Le(4096)]]
-    patch_size: NotRequired[Annotated[int, Ge(1), Le(256)]]
+    patch_size: NotRequired[Side | Annotated[list[Side], MinLen(1), MaxLen(3)]]
     num_embeds_ada_norm: NotRequired[Count | None]
     caption_channels: NotRequired[Count | None]
     cross_attention_dim: NotRequired[Count | None]
@@ -94,7 +95,8 @@ def bounded(document: object, source: str, error: type[UserError] = ModelError) 
 
 
 def _check_positions(config: Config, path: Path, error: type[UserError]) -> None:
-    side = -(-config.get("sample_size", 1) // config.get("patch_size", 1))
+    patch = config.get("patch_size", 1)
+    side = -(-config.get("sample_size", 1) // (patch[-1] if isinstance(patch, list) else patch))
     width = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
     if side * side * width > MOST_POSITIONS:
         raise error(

@@ -22,6 +22,7 @@ LATENT_PIXELS = 8
 GENERATION_FILE = "generation.json"
 # Of a text encoder, which makes no picture.
 NO_CELLS = (0, 0)
+STEPS = 1000  # of training, that timesteps count
 # Latents of an autoencoder, which takes any size, where none is asked for: what it does at a border and inside, and no
 # side like the other.
 USUAL_LATENTS = (16, 12)
@@ -55,6 +56,8 @@ class Description:
         per cell of its input."""
         if self.family.half is not None:
             return pixels_per_latent(self.config) if self.family.half == "decoder" else 1
+        if self.family.recordings is not None:
+            return self.family.recordings.pixels
         return pixels_per_cell(self.folder, self.config)
 
     @cached_property
@@ -77,6 +80,8 @@ class Description:
                     f"image size {height} x {width}: {self.source} is a text encoder and makes no picture"
                 )
             return NO_CELLS
+        if self.family.recordings is not None:
+            return self.family.recordings.cells(height, width)
         own = self.config["sample_size"] * self.pixels_per_cell
         height, width = height or own, width or own
         unit = self.pixels_per_cell * self.config["patch_size"]
@@ -111,7 +116,9 @@ def sample_inputs(
     """
     cells = model.cells(height, width)
     sizes = {"batch": batch_size, "tokens": tokens or model.tokens, "height": cells[0], "width": cells[1]}
-    if model.family.steps:
+    if model.family.recordings is not None:
+        sizes |= model.family.recordings.sizes(cells)
+    elif model.family.steps:
         patch = model.config["patch_size"]
         sizes["patches"] = (cells[0] // patch) * (cells[1] // patch)
     arrays = {}
@@ -138,10 +145,14 @@ def end_prompts(model: Description, arrays: dict[str, NDArray[Any]]) -> None:
 
 
 def _filled(kind: str, shape: Shape, rng: np.random.Generator, model: Description, cells: Cells) -> Array:
-    """An array of `shape` for the fill `kind` ("class:N" and "ids:N" carry their number behind the colon)."""
+    """An array of `shape` for the fill `kind` (some carry a number behind a colon)."""
     name, _, argument = kind.partition(":")
     if name in ("class", "ids"):
         return rng.integers(0, int(argument), shape)
+    if name == "upto":
+        return rng.uniform(0, float(argument), shape)
+    if name == "timestep":
+        return rng.integers(0, STEPS, shape) * (float(argument or STEPS) / STEPS)
     return FILL_FUNCTIONS[name](shape, rng, model, cells)
 
 
@@ -171,7 +182,6 @@ def _rotary(part: int) -> Callable[..., Array]:
 
 FILL_FUNCTIONS: dict[str, Callable[..., Array]] = {
     "normal": lambda shape, rng, *_: rng.standard_normal(shape),
-    "timestep": lambda shape, rng, *_: rng.integers(0, 1000, shape),
     "mask": _mask,
     "zeros": lambda shape, *_: np.zeros(shape),
     "aspect": lambda shape, rng, model, cells: np.full(shape, cells[0] / cells[1]),

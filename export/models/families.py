@@ -20,6 +20,8 @@ from export.models.prompt_length import longest_prompt
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from export.models.recorded import Recordings
+
 Config = Mapping[str, Any]  # a configuration: each class has keys and types of its own
 Tensors = Mapping[str, "Tensor"]
 Attributes = dict[str, int | bool]
@@ -33,19 +35,23 @@ SIDES = ("height", "width")
 # Inputs that change from step to step; all others are the condition.
 STEP_INPUTS = frozenset({"hidden_states", "timestep"})
 DENOISER, TEXT_ENCODER = "denoiser", "text encoder"
+RECORDED = "recorded"  # the name of a family that is learned from its pipeline
 KEPT_BY_RECIPE = "the recipe keeps it"
 # Of an autoencoder: latents to pictures, or pictures to latents.
 Half = Literal["decoder", "encoder"]
-FILLS = ("normal", "timestep", "mask", "aspect", "class", "ids", "zeros", "rotary_cos", "rotary_sin", "image_size")
+FILLS = (
+    "normal", "timestep", "mask", "aspect", "class", "ids", "zeros", "rotary_cos", "rotary_sin", "image_size", "upto",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Input:
     """One model input. `shape` mixes numbers with "batch", "tokens", "height", "width" (cells) and "patches".
 
-    `fill` says what a sample holds; "class:N" draws classes below N, "ids:N" numbers of tokens below N. implied: a
-    caller may leave it away, its value follows from the picture's size. least_side: height and width stay
-    dynamic, and this is the least of them that a trace is told of; None: they are fixed.
+    `fill` says what a sample holds; "class:N" draws classes below N, "ids:N" numbers of tokens below N, "upto:N"
+    numbers from 0 to N; "timestep" a step of a thousand, "timestep:1" the same as a part of all. implied: a caller may
+    leave it away, its value follows from the picture's size. least_side: height and width stay dynamic, and this is the
+    least of them that a trace is told of; None: they are fixed.
     """
 
     name: str
@@ -110,6 +116,8 @@ class Family:
 
     half: of an autoencoder, which is called once for a picture, and of which no layer is quantized; its class has a row
     for each. absent: parts of the model that the family does without, and with them their tensors.
+
+    recordings: of its pipeline, where the row was learned from them.
     """
 
     name: str
@@ -137,6 +145,7 @@ class Family:
     half: Half | None = None
     held: Callable[[str], bool] = lambda path: False
     absent: tuple[str, ...] = ()
+    recordings: Recordings | None = None
 
     @property
     def noun(self) -> str:

@@ -108,9 +108,25 @@ class LoadedModel(Description):
         """(module path, reason) of every linear, convolution and embedding that is not quantized."""
         import torch
 
-        layers = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+        layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
         paths = (path for path, part in self.module.named_modules() if isinstance(part, layers))
         return [(path, self.family.reason_of(path)) for path in paths if not self.family.kind_of(path)]
+
+    def coverage(self) -> str:
+        """How much of the model is in the linears to quantize, by its parameters, and what holds the rest, in words."""
+        held: dict[str, int] = {}
+        for path, reason in self.kept():
+            part = self.module.get_submodule(path)
+            own = sum(tensor.numel() for tensor in part.parameters(recurse=False))
+            held[reason.partition(":")[0]] = held.get(reason.partition(":")[0], 0) + own
+        linears = [ref.module for ref in self.linears()]
+        quantized = sum(tensor.numel() for part in linears for tensor in part.parameters(recurse=False))
+        held["norms and tables"] = self.parameters - quantized - sum(held.values())
+        kept = ", ".join(
+            f"{reason} {count / self.parameters:.1%}" for reason, count in sorted(held.items(), key=lambda row: -row[1])
+        )
+        share = quantized / self.parameters
+        return f"{len(linears)} linears to quantize hold {share:.1%} of {self.parameters:,} parameters; kept: {kept}"
 
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -146,7 +162,7 @@ def load(
     folder = _model_folder(root, part)
     config_path, remedy = _config_file(config, folder, part)
     values, quantized = _read_config(config_path, remedy)
-    family, notes = _family_of(values, config_path, half)
+    family = _family_of(values, config_path, half)
     family = family if keep is None else replace(family, held=keep)
     files = _weights(root, folder, variant)
     files.refuse_damaged()
@@ -164,7 +180,7 @@ def load(
     logger.info("%s: %s", source, weights)
     for name in weights.used:
         logger.debug("%s: uses %s", source, name)
-    notes += _adapters_beside(root, folder)
+    notes = _adapters_beside(root, folder)
     for note in notes:
         logger.warning("%s: %s", source, note)
     return LoadedModel(
@@ -264,19 +280,19 @@ def _refuse_too_few_bytes(parameters: int, files: WeightsFiles, config: Path) ->
         )
 
 
-def _family_of(config: Config, path: Path, half: Half | None = None) -> tuple[Family, tuple[str, ...]]:
-    """The row of the class, and notes. Raises ModelError for a class that is not known, or not by its half."""
+def _family_of(config: Config, path: Path, half: Half | None = None) -> Family:
+    """The row of the class, which may have to be learned. Raises ModelError where it cannot be, or not by its half."""
     name = config["_class_name"]
     rows = [family for family in FAMILIES.values() if family.class_name == name and family.matches(config)]
     if family := next((family for family in rows if family.half == half), None):
-        return family, ()
+        return family
     if half is not None:
         known = ", ".join(dict.fromkeys(row.class_name for row in FAMILIES.values() if row.half is not None))
         raise ModelError(f"{path}: {name} is not an autoencoder that is known here, which are {known}")
     if rows:
         recipes = " or ".join(f"--engine {row.name}" for row in rows)
         raise ModelError(f"{path}: {name} is an autoencoder, of which each half is built by itself; use {recipes}")
-    from export.models.generic import generic_family
+    from export.models.recorded import recorded_family
 
     if "architectures" in config:
         rows = [row for row in FAMILIES.values() if row.library == "transformers"]
@@ -284,9 +300,7 @@ def _family_of(config: Config, path: Path, half: Half | None = None) -> tuple[Fa
         raise ModelError(
             f"{path}: {name} of transformers is not a text encoder that is known here, which are {encoders}"
         )
-    family = generic_family(name, config, path.parent)
-    note = f"{name} is not in the table of families; the linears of its repeated blocks are quantized by a generic rule"
-    return family, (note,)
+    return recorded_family(name, config, path)
 
 
 # --- module and weights --------------------------------------------------------------------------------------------
@@ -304,6 +318,8 @@ def _completed(config: Config, family: Family, path: Path) -> Config:
     defaults = defaults_of(family.class_name)
     if family.half is not None:
         return _completed_autoencoder({**defaults, **config}, path)
+    if family.recordings is not None:
+        return {**defaults, **config}
     numbers = {key: config.get(key, defaults.get(key)) for key in NUMBERS}
     for key, value in numbers.items():
         if type(value) is not int:
@@ -335,7 +351,7 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
     import torch
 
     from export.models.autoencoder_modules import exportable_half
-    from export.models.torch_modules import set_resolution, use_masked_attention
+    from export.models.torch_modules import set_resolution, use_masked_attention, use_tabled_timesteps
 
     if family.library == "transformers":
         return _build_text_encoder(family, config, path, files)
@@ -351,9 +367,13 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
         _refuse_too_few_bytes(sum(tensor.numel() for tensor in module.parameters()), files, path)
     if family.half is not None:
         return exportable_half(module, family.absent)
-    set_resolution(module, config["sample_size"], config["sample_size"])
+    sides = (config["sample_size"],) * 2 if family.recordings is None else family.recordings.own_cells
+    set_resolution(module, *sides)
     use_masked_attention(module)
-    return _with_buffers(module, cls, known)
+    module = _with_tables(module, cls, known)
+    if family.recordings is not None:
+        use_tabled_timesteps(module)
+    return module
 
 
 def _build_text_encoder(family: Family, config: Config, path: Path, files: WeightsFiles | None) -> nn.Module:
@@ -371,16 +391,36 @@ def _build_text_encoder(family: Family, config: Config, path: Path, files: Weigh
     return family.exportable(module)
 
 
-def _with_buffers(module: nn.Module, cls: type[nn.Module], known: Config) -> nn.Module:
-    """Buffers that no file holds must be computed: build a second time in memory if any is left without values."""
+def _with_tables(module: nn.Module, cls: type[nn.Module], known: Config) -> nn.Module:
+    """Tables that no file holds must be computed, be they buffers or plain attributes: where any is left without values
+    the model is built a second time, with values in all but its parameters."""
+    from export.models.torch_modules import parameters_on_meta
+
     saved = set(module.state_dict())
-    unfilled = {path for path, buffer in module.named_buffers() if buffer.is_meta} - saved
-    if unfilled:
-        values = dict(cls(**known).named_buffers())
-        for path in unfilled:
+    buffers = {path for path, buffer in module.named_buffers() if buffer.is_meta} - saved
+    plain = _plain_tensors(module)
+    if buffers or plain:
+        with parameters_on_meta():
+            whole = cls(**known)
+        values = dict(whole.named_buffers())
+        for path in buffers:
             parent, _, name = path.rpartition(".")
             module.get_submodule(parent).register_buffer(name, values[path], persistent=False)
+        for path, name in plain:
+            setattr(module.get_submodule(path), name, getattr(whole.get_submodule(path), name))
     return module
+
+
+def _plain_tensors(module: nn.Module) -> list[tuple[str, str]]:
+    """(module path, name) of attributes that are tensors without values, and neither parameters nor buffers."""
+    import torch
+
+    return [
+        (path, name)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor) and value.is_meta
+    ]
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from export.models.families import Config, Family
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
+    from diffusers.models.embeddings import Timesteps
+
+MAX_PERIOD = 10_000  # of the slowest of the sines of a timestep
 
 
 class Denoiser(nn.Module):
@@ -113,6 +119,65 @@ def _is_plain(attention: Attention) -> bool:
     return not any(extras) and not attention.residual_connection and attention.rescale_output_factor == 1.0
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Within, parameters are not filled."""
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within, modules are made whose parameters have no memory, and whose buffers and other tensors have values."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        with _Uninitialised():
+            yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+class TabledTimesteps(nn.Module):
+    """Sines and cosines of timesteps [B] at frequencies from a table: [B, channels], as diffusers' Timesteps.
+
+    Their frequencies are the same numbers wherever they run. Computed anew by another exponential they differ in the
+    last bit, which a timestep of 10,000 makes an error of 6e-4 of the angle.
+    """
+
+    def __init__(self, of: Timesteps) -> None:
+        super().__init__()
+        half = of.num_channels // 2
+        exponent = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32)
+        table = torch.exp(exponent / (half - of.downscale_freq_shift))
+        self.register_buffer("frequencies", table, persistent=False)
+        self.cosine_first, self.scale, self.odd = of.flip_sin_to_cos, of.scale, of.num_channels % 2
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        angles = self.scale * (timesteps[:, None].float() * self.frequencies.float())
+        waves = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
+        result = torch.cat(waves, dim=-1)
+        return nn.functional.pad(result, (0, 1)) if self.odd else result
+
+
+def use_tabled_timesteps(module: nn.Module) -> None:
+    """Put the module above in the place of every Timesteps of `module`."""
+    from diffusers.models.embeddings import Timesteps
+
+    for path, part in list(module.named_modules()):
+        if type(part) is Timesteps:
+            module.set_submodule(path, TabledTimesteps(part))
+
+
 def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the module tree with submodules replaced by path; all other tensors are shared, not copied."""
     memo: dict[int, torch.Tensor | nn.Module] = {
@@ -123,12 +188,17 @@ def with_modules(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn
 
 
 def set_resolution(module: nn.Module, height: int, width: int) -> None:
-    """Recompute the position tables of all patch embeddings for an input of [B, C, height, width].
+    """Recompute the position tables of all patch embeddings for latents of height x width, and note the size for what a
+    recorded family gives the module beside its inputs.
 
     Diffusers would compute another size's table inside the graph; a model loaded without memory has none yet.
     """
+    from diffusers import ModelMixin
     from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 
+    for part in module.modules():
+        if isinstance(part, ModelMixin):
+            part.drawn_cells = (height, width)
     for part in module.modules():
         if not isinstance(part, PatchEmbed) or part.pos_embed is None or part.pos_embed_max_size:
             continue

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, ResourceError
 from export.models.config import FILE as CONFIG
 from export.models.description import Description
-from export.models.families import FAMILIES, stated_inputs
+from export.models.families import FAMILIES, RECORDED, stated_inputs
 from pipeline import machine
 from pipeline.backends import opened
 from pipeline.bundle.bundle import Bundle, load_bundle
@@ -157,10 +157,17 @@ def float_model(recipe: Recipe, named: bool) -> LoadedModel | None:
 
 
 def description(bundle: Bundle) -> Description:
-    """Of the model in a bundle, by its own files. Raises EnvironmentLacksError for a family outside the table."""
+    """Of the model in a bundle, by its own files. Raises EnvironmentLacksError for a family that must be learned."""
     family, config = str(bundle.manifest["model"]["family"]), bundle.config()
+    if family == RECORDED:
+        machine.require_compiler("measuring a model whose inputs are learned from its pipeline")
+        from export.models.recorded import recorded_family
+
+        row = recorded_family(str(config["_class_name"]), config, bundle.path / CONFIG)
+        return Description(row, config, bundle.path, str(bundle.path))
     if family not in FAMILIES:
-        machine.require_compiler(f"measuring a model of the family {family}")
+        known = ", ".join(FAMILIES)
+        raise ContractError(f"{bundle.path}: family {family} is unknown, only {known} and {RECORDED}; build it again")
     stated_inputs(FAMILIES[family], config, bundle.path / CONFIG)  # refuses a key that is missing
     if FAMILIES[family].steps and "patch_size" not in config:
         raise ContractError(f"{bundle.path / CONFIG} lacks 'patch_size', by which sizes are checked; build it again")

@@ -66,7 +66,7 @@ def save_case(path: Path, case: Case) -> Path:
     """Write what is drawn: arrays, and the rest as JSON in an array of text."""
     prompted, plain = case.conditioning
     rest = {key: getattr(case, key) for key in ("prompts", "sampler", "timestep_scale", "n_steps", "guidance_scale")}
-    text = json.dumps({**rest, "output": case.output, "shared": sorted(case.shared)})
+    text = json.dumps({**rest, "output": case.output, "shared": sorted(case.shared), "size": case.size})
     parts = [(PROMPTED, prompted), (PLAIN, plain)]
     arrays = {f"{prefix}{name}": value for prefix, part in parts for name, value in part.items()}
     return save_arrays(path, {**arrays, NOISE: case.noise, REST: np.array(text)})
@@ -81,6 +81,7 @@ def load_case(path: Path) -> Case:
         for prefix in (PROMPTED, PLAIN)
     )
     rest |= {"prompts": tuple(rest["prompts"]), "shared": frozenset(rest["shared"])}
+    rest["size"] = rest["size"] and tuple(rest["size"])
     return Case(conditioning=(prompted, plain), noise=arrays[NOISE], **rest)
 
 

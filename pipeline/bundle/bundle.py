@@ -15,7 +15,7 @@ from export.documents import open_file
 from export.errors import ContractError, EnvironmentLacksError, RecipeError, UserError
 from export.models.config import FILE as CONFIG
 from export.models.config import engine_config, read_config
-from export.models.families import DENOISER, FAMILIES, TEXT_ENCODER, Config
+from export.models.families import DENOISER, FAMILIES, RECORDED, TEXT_ENCODER, Config
 from export.names import is_hub_link
 from pipeline import machine, recipe
 from pipeline.backends import BACKENDS
@@ -159,7 +159,7 @@ class Bundle:
         """The model's configuration, of a denoiser with what drawing needs in it. Raises ContractError where it lacks
         that, or the file changed since it was verified."""
         with self.copied({CONFIG}.__contains__) as private:
-            if self.is_denoiser:
+            if self.is_denoiser and self.manifest["model"]["family"] != RECORDED:
                 engine_config(private.path)
             return read_config(private.path / CONFIG, ContractError)
 

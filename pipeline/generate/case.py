@@ -34,7 +34,8 @@ SMALL_PARAMETERS, SMALL_PICTURES, SMALL_PROMPTS = 50_000_000, 4, 16
 class Case:
     """How the pictures of a verification are made; `output` is "pixels" or "latents".
 
-    shared: names of the conditioning's inputs that have no batch axis.
+    shared: names of the conditioning's inputs that have no batch axis. size: height and width of the latents, where
+    the shape of the noise does not end with them: of tokens that a pipeline makes of them first.
     """
 
     prompts: tuple[str, ...]
@@ -46,12 +47,13 @@ class Case:
     guidance_scale: float
     output: str
     shared: frozenset[str] = frozenset()
+    size: Cells | None = None
     makes_pictures: ClassVar[bool] = True
 
     @property
     def cells(self) -> Cells:
-        """Height and width of the noise."""
-        height, width = self.noise.shape[2:]
+        """Height and width of the latents."""
+        height, width = self.size or self.noise.shape[-2:]
         return height, width
 
     def draw(self, run: Run, on_step: Callable[[int, Arrays, Arrays], None] | None = None) -> NDArray[np.float32]:
@@ -132,7 +134,9 @@ def picture_case(model: Description, recipe: Recipe, count: int) -> Case:
     if not (model.folder / GENERATION_FILE).is_file():
         others = sample_inputs(model, count, seed + 1, sampling.height, sampling.width)
         both, prompts = (_conditioning(drawn), _conditioning(others)), ("random",) * count
-        return Case(prompts, both, noise, "ddim", 1000.0, steps, guidance, "latents", model.shared)
+        sampler, scale = ("ddim", 1000.0) if model.family.recordings is None else model.family.recordings.sampler
+        cells = model.cells(sampling.height, sampling.width)
+        return Case(prompts, both, noise, sampler, scale, steps, guidance, "latents", model.shared, cells)
     stated = load_generation(model.folder)
     prompts = tuple(example_prompts(stated, count, seed))
     both, scale = stated.encode(list(prompts)), stated.timestep_scale

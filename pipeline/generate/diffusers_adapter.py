@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,8 +20,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from numpy.typing import NDArray
 
 from export.errors import ContractError, RecipeError
+from export.models.config import FILE as CONFIG
 from export.models.description import GENERATION_FILE, pixels_per_cell
-from export.models.families import FAMILIES, Config, Family, Input
+from export.models.families import FAMILIES, RECORDED, Config, Family, Input
 from pipeline.backends.base import Engine
 from pipeline.generate.diffusers_refusals import SAVED, TRAINED, lacking, refuse_methods
 
@@ -33,17 +35,25 @@ TORCH_TYPES = {"float32": torch.float32, "int64": torch.int64}
 
 def as_diffusers(bundle: Bundle, target: str = "auto") -> EngineTransformer:
     """The engine of `target` with the call, configuration and output of the diffusers class it was made from."""
-    family = FAMILIES.get(bundle.manifest["model"]["family"])
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise ContractError(
-            f"{bundle.path}: no diffusers form for family {bundle.manifest['model']['family']}, only {known}"
-        )
     config = bundle.config()
-    size = DrawnSize.of_bundle(bundle, config)
+    family = _family(bundle, config)
+    size = DrawnSize.of_bundle(bundle, family, config)
     if family.binned and size.cells != (config["sample_size"],) * 2:
         logger.warning("%s: call its pipeline with %s", size.sentence, size.arguments)
     return EngineTransformer(bundle.engine(target), family, config, size)
+
+
+def _family(bundle: Bundle, config: Config) -> Family:
+    """The row of the model's family, which may have to be learned again. Raises ContractError where it has no form."""
+    name = bundle.manifest["model"]["family"]
+    if name == RECORDED:
+        from export.models.recorded import recorded_family
+
+        return recorded_family(str(config["_class_name"]), config, bundle.path / CONFIG)
+    if name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ContractError(f"{bundle.path}: no diffusers form for family {name}, only {known} and those of a pipeline")
+    return FAMILIES[name]
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,11 @@ class DrawnSize:
     pixels_per_cell: int
 
     @classmethod
-    def of_bundle(cls, bundle: Bundle, config: Config) -> DrawnSize:
+    def of_bundle(cls, bundle: Bundle, family: Family, config: Config) -> DrawnSize:
         """The size that the recipe states, the model's own where it states none."""
+        if family.recordings is not None:
+            stated = bundle.recipe.sampling
+            return cls(family.recordings.cells(stated.height, stated.width), family.recordings.pixels)
         with bundle.copied({GENERATION_FILE}.__contains__) as private:
             scale, size = pixels_per_cell(private.path, config), bundle.recipe.sampling
         own = config["sample_size"]
@@ -108,6 +121,9 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         whole = _defaults(self.float_class) | {key: config[key] for key in config if key[0] != "_"}
         self.own_config = whole
         self.rows, self.ignored = family.inputs(whole), family.ignored(whole)
+        self.call = None
+        if family.recordings is not None:
+            self.call = family.recordings.call(family.recordings.own_cells if size is None else size.cells)
         self.attributes = dict(family.attributes(whole))
         if size is not None:
             self.attributes |= {key: cells for key, cells in zip(("height", "width"), size.cells, strict=True)
@@ -123,7 +139,8 @@ class EngineTransformer(ModelMixin, ConfigMixin):
 
         What the class derives from the model's own `sample_size` where the configuration is silent is stated then.
         """
-        if self.size is None or self.size.cells[0] != self.size.cells[1]:
+        square = self.size is not None and self.size.cells[0] == self.size.cells[1]
+        if self.size is None or not square or not isinstance(whole.get("sample_size"), int):
             return dict(whole)
         changed = self.size.cells[0] != whole["sample_size"]
         silent = {key: value for key, value in self.attributes.items() if key in whole and whole[key] is None}
@@ -151,7 +168,8 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         arguments = self.signature.bind(self, *args, **kwargs).arguments
         arguments.pop("self")
         as_dict = arguments.pop("return_dict", True)
-        named = {name: value for name, value in _flattened(arguments).items() if not _says_nothing(value)}
+        flat = _flattened(arguments) if self.call is None else self.call.named(arguments)
+        named = {name: value for name, value in flat.items() if not _says_nothing(value)}
         if unknown := sorted(set(named) - {row.name for row in self.rows} - self.ignored):
             raise RecipeError(f"the engine has no input {unknown[0]}; leave it away, or use the float transformer")
         hidden = torch.as_tensor(named["hidden_states"])
@@ -197,7 +215,12 @@ class EngineTransformer(ModelMixin, ConfigMixin):
 
     def _refuse_shapes(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Raise RecipeError for the first input that does not fit the engine or the other inputs."""
-        hidden, patch = inputs["hidden_states"], self.own_config["patch_size"]
+        hidden = inputs["hidden_states"]
+        if self.call is not None:
+            for row in self.rows:
+                _refuse_shape(row, inputs[row.name], {"batch": len(hidden), **self.call.sizes})
+            return
+        patch = self.own_config["patch_size"]
         if self.size is not None and hidden.ndim == 4:
             self.size.refuse((hidden.shape[2], hidden.shape[3]), self.family)
         sizes: dict[str, int] = {}
@@ -206,6 +229,10 @@ class EngineTransformer(ModelMixin, ConfigMixin):
             sizes = {"batch": len(hidden), "patches": (height // patch) * (width // patch)}
         for row in self.rows:
             _refuse_shape(row, inputs[row.name], sizes)
+
+    def cache_context(self, name: str, **facts: object) -> AbstractContextManager[None]:
+        """As torch's: by it pipelines say which call is which to caches of activations, of which an engine has none."""
+        return nullcontext()
 
     # --- what a torch module can be asked for beside a call ------------------------------------------------------
 

@@ -217,11 +217,13 @@ class PipelineSampler:
 
     def __init__(self, root: Path, model: LoadedModel, recipe: Recipe, engine: Engine) -> None:
         """Raises ResourceError for parts too large, and ModelError for one that cannot be read."""
-        from pipeline.generate.diffusers_adapter import EngineTransformer
+        from pipeline.generate.diffusers_adapter import DrawnSize, EngineTransformer
 
         refuse_too_large(root)
         self.root, self.model, self.recipe, self.engine = root, model, recipe, engine
-        transformer = EngineTransformer(engine, model.family, model.config)
+        cells = model.cells(recipe.sampling.height, recipe.sampling.width)
+        size = None if model.family.recordings is None else DrawnSize(cells, model.pixels_per_cell)
+        transformer = EngineTransformer(engine, model.family, model.config, size)
         self.pipe = open_pipeline(root, transformer)
         self.pipe.set_progress_bar_config(disable=True)
 

@@ -155,13 +155,13 @@ def _pictures(spec: PoolSpec, model: LoadedModel, case: Case, times: Sequence[fl
     """Samples of `spec`: conditions from the case's prompts (and their empty ones) in turn, latents of their own."""
     from export.models.load import sample_inputs
 
-    height, width = (side * model.pixels_per_cell for side in case.noise.shape[2:])
+    height, width = (side * model.pixels_per_cell for side in case.cells)
     seed = 1 + POOLS.index(spec)
     inputs = sample_inputs(model, len(times), seed, height, width, _tokens(spec, model, case.conditioning[0]))
     top = make_sampler(case.sampler, TRAIN_STEPS, case.timestep_scale).timesteps.max()
     for row in model.inputs:
         value = inputs[row.name]
-        if row.fill == "timestep":
+        if row.fill.partition(":")[0] == "timestep":
             value = np.minimum(np.array(times) * (case.timestep_scale / 1000), top)
         elif row.fill == "mask":
             value = _masks(value.shape, spec.first_mask)
@@ -372,7 +372,7 @@ class _Repeats:
 def with_nan(inputs: Arrays) -> Arrays:
     """A call with NaN for the first number of its first sample's latents."""
     latents = inputs["hidden_states"].copy()
-    latents[0, 0, 0, 0] = np.nan
+    latents[(0,) * latents.ndim] = np.nan
     return inputs | {"hidden_states": latents}
 
 
@@ -404,7 +404,12 @@ def _nearly_the_same(model: LoadedModel, inputs: Arrays) -> Arrays:
     moved = {}
     for row in model.inputs:
         latents = row.name == "hidden_states"
-        if row.batched and row.fill not in ("timestep", "mask") and row.dtype.startswith("float") and not latents:
+        if (
+            row.batched
+            and row.fill.partition(":")[0] not in ("timestep", "mask")
+            and row.dtype.startswith("float")
+            and not latents
+        ):
             moved[row.name] = inputs[row.name].copy()
             moved[row.name][-1] *= np.float32(1 + LITTLE)
     return moved

@@ -62,9 +62,14 @@ def amplification(difference: Array, span: float) -> int:
 
 
 def png(picture: Array) -> bytes:
-    """[C, H, W] in [0, 1] -> PNG bytes; one channel is grey, of more than three the first three are shown."""
+    """[C, H, W] in [0, 1] -> PNG bytes; one channel is grey, of more than three the first three are shown.
+
+    Of a video [C, frames, H, W] the first frame; tokens [rows, C] are shown as they are, one below the other.
+    """
     from PIL import Image
 
+    if picture.ndim != 3:
+        picture = picture[:, 0] if picture.ndim == 4 else picture[None]
     channels = picture[:3] if len(picture) >= 3 else np.repeat(picture[:1], 3, axis=0)
     bytes_ = np.rint(np.clip(channels, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     stream = io.BytesIO()

@@ -293,7 +293,9 @@ def diffusers_pipeline(
             denoiser = bundle.components[name]
             config = denoiser.config()
             family = FAMILIES[denoiser.manifest["model"]["family"]]
-            named[name] = EngineTransformer(engines[name], family, config, DrawnSize.of_bundle(denoiser, config))
+            named[name] = EngineTransformer(
+                engines[name], family, config, DrawnSize.of_bundle(denoiser, family, config)
+            )
         elif name in bundle.components:
             component = bundle.components[name]
             states = FAMILIES[component.manifest["model"]["family"]].hidden_states

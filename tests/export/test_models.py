@@ -19,7 +19,7 @@ from export.errors import EnvironmentLacksError, ModelError
 from export.models import load as models
 from export.models.families import FAMILIES, LAYER_KINDS
 from export.models.load import denoiser, float_linears, load, sample_inputs, stored_value
-from export.models.torch_modules import MaskedAttention, UpcastLinear, with_modules
+from export.models.torch_modules import MaskedAttention, UpcastLinear, set_resolution, with_modules
 from tests.support import tiny
 
 pytestmark = pytest.mark.torch
@@ -33,7 +33,7 @@ EXPECTED = {
     "pixart_sigma": ("pixart_sigma", {kind: 2 * count for kind, count in BLOCK.items()}),
     "dit": ("dit", {"attn.qkv": 6, "attn.out": 2, "ff.in": 2, "ff.out": 2}),
     "hunyuan": ("hunyuan", {kind: 4 * count for kind, count in BLOCK.items()} | {"adaln": 4, "skip": 1}),
-    "unknown": ("generic", {"attn.qkv": 12, "attn.out": 3, "ff.in": 3, "ff.out": 3}),
+    "unknown": ("recorded", {"attn.qkv": 12, "attn.out": 3, "ff.in": 3, "ff.out": 3}),
 }
 # A second image size for each model, in pixels (64 is the own one but for Sigma).
 SIZES = {"dit": (96, 96), "unknown": (48, 32)}
@@ -81,6 +81,7 @@ def test_denoiser_equals_the_diffusers_model(folders, name):
     model = load(str(folders[name]))
     class_name, _ = tiny.MODELS[name]
     original = getattr(diffusers, class_name).from_pretrained(folders[name]).float().eval()
+    set_resolution(original, *model.cells())
     inputs = sample_inputs(model, 2, seed=3, tokens=9)
     with torch.inference_mode():
         expected = model.family.call(original, tensors(inputs))
@@ -142,7 +143,7 @@ def test_positional_and_named_inputs_are_the_same_and_wrong_ones_are_named(folde
     ],
 )
 def test_alpha_and_sigma_are_told_apart_by_configuration(config, family):
-    row, _ = models._family_of(config | {"_class_name": "PixArtTransformer2DModel"}, Path("x"))
+    row = models._family_of(config | {"_class_name": "PixArtTransformer2DModel"}, Path("x"))
     assert row is FAMILIES[family]
 
 
@@ -154,11 +155,10 @@ def test_old_class_name_of_hub_folders_is_understood(pixart):
     assert load(str(pixart)).family.name == "pixart"
 
 
-def test_unknown_class_takes_the_generic_path_and_says_so(folders, caplog):
-    with caplog.at_level(logging.WARNING):
-        model = load(str(folders["unknown"]))
-    assert "SD3Transformer2DModel is not in the table of families" in caplog.text
-    assert "generic rule" in model.notes[0]
+def test_a_class_without_a_row_says_where_it_was_learned(folders, caplog):
+    with caplog.at_level(logging.INFO):
+        load(str(folders["unknown"]))
+    assert "SD3Transformer2DModel: inputs are learned from StableDiffusion3Pipeline" in caplog.text
 
 
 # --- where models come from ----------------------------------------------------------------------------------------

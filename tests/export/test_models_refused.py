@@ -104,13 +104,14 @@ def test_pickles_are_refused_unread(pixart, name):
             "AutoencoderKL is an autoencoder, of which each half is built by itself",
         ),
         (
-            '{"_class_name": "CogView3PlusTransformer2DModel", "in_channels": 4, "sample_size": 8, "patch_size": 2,'
-            ' "text_embed_dim": 8}',
-            "forward needs 'original_size', which the generic rule cannot make; add a row .* export/models/families.py",
+            '{"_class_name": "Lumina2Transformer2DModel", "in_channels": 4, "hidden_size": 48, "num_layers": 1,'
+            ' "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16,'
+            ' "axes_dim_rope": [8, 8, 8], "axes_lens": [30, 64, 64], "cap_feat_dim": 24}',
+            "config.json: Lumina2Transformer2DModel: its forward reads sizes from the numbers in its inputs",
         ),
         (
             '{"_class_name": "UNet2DModel", "in_channels": 4, "sample_size": 8, "patch_size": 2}',
-            "forward needs 'sample'",
+            "config.json: diffusers .* has no pipeline that draws with UNet2DModel alone",
         ),
     ],
 )

@@ -1,0 +1,457 @@
+"""The family of a class that the table has no row for, learned from recordings of its diffusers pipeline.
+
+Each recording differs from the first in one thing: how many pictures, how many tokens, the picture's size, the noise,
+the prompts, the guidance. So it is seen which arguments of the transformer hold what, and which of their axes count
+what; those that hang on the picture's size alone are part of the compiled model, and no inputs of it. What no rule here
+understands is refused by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from export.errors import ModelError, RecipeError
+from export.models.config import defaults_of
+from export.models.families import PATCH_EMBED, RECORDED, Config, Family, Input, Tensors
+from export.models.recording import BLOCK, Drawing, Place, Recorder, leaves, mapped, recorder_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+LATENTS, TIMESTEP = "hidden_states", "timestep"
+TOKENS, MORE_TOKENS, PICTURES, MORE_PICTURES = 10, 13, 2, 3
+GUIDANCE, MORE_GUIDANCE = 1.0, 1.75
+# Sizes that are recorded, in cells: no side like another, and even, as many models take two cells by two for a token.
+CELLS, HIGHER, WIDER = (8, 12), (10, 12), (8, 14)
+LATENTS_HANG = "latents, which hang on the noise"
+PACKED_CELLS = 2  # of a side of the squares that pipelines make a token of before the model sees it
+SEVERAL = "runs several times in a call: a layer is compiled where it runs"
+Size = tuple[int, int]  # of a picture, in cells of its latents
+# Ending of a linear's path -> layer kind; the first row that fits counts (`cross_attn` ends in `attn`), the last takes
+# the rest.
+ENDINGS = (
+    (r".*(attn2|cross_attn)\.to_q", "cross.q"),
+    (r".*(attn2|cross_attn)\.to_[kv]", "cross.kv"),
+    (r".*(attn2|cross_attn)\.to_out\.0", "cross.out"),
+    (r".*attn1?\.(to_[qkv]|to_qkv|add_[qkv]_proj)", "attn.qkv"),
+    (r".*attn1?\.(to_out\.0|to_add_out)", "attn.out"),
+    (r".*(ff|ffn|mlp)(_context)?\.(net\.0\.proj|fc1|linear_[12]|linear_in)", "ff.in"),
+    (r".*(ff|ffn|mlp)(_context)?\.(net\.2|fc2|out_projection|linear_out)", "ff.out"),
+    (r".*", "other"),
+)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """An input of the engine: `row`, and the place among the transformer's arguments, where it has another type."""
+
+    row: Input
+    place: Place
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a transformer is called for pictures of one size: `tree` are its arguments, with names of inputs in their
+    places and with what all pictures share; of what has a row for each picture, or for each token, one row. sizes: how
+    many rows the axes that are named after the picture's size have. pipeline: its class. single: as of Recordings."""
+
+    tree: Mapping[str, object]
+    inputs: Mapping[Place, Learned]
+    per_picture: frozenset[Place]
+    per_token: frozenset[Place]
+    sizes: Mapping[str, int]
+    pipeline: str
+    single: Callable[[Mapping[str, object]], Mapping[str, object]]
+
+    def arguments(self, inputs: Tensors) -> dict[str, object]:
+        """The arguments for inputs of a batch."""
+        batch, dtype = inputs[LATENTS].shape[0], inputs[LATENTS].dtype
+        tokens = next(
+            (
+                inputs[each.row.name].shape[each.row.shape.index("tokens")]
+                for each in self.inputs.values()
+                if "tokens" in each.row.shape
+            ),
+            0,
+        )
+
+        def filled(place: Place, leaf: object) -> object:
+            if place in self.inputs:
+                learned = self.inputs[place]
+                value = inputs[learned.row.name]  # floats have the precision that the caller chose
+                return value if learned.dtype.is_floating_point else value.to(learned.dtype)
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            tensor = leaf.to(dtype) if leaf.is_floating_point() else leaf
+            if place in self.per_token:
+                axis = 1 if place in self.per_picture else 0
+                tensor = tensor.expand(*tensor.shape[:axis], tokens, *tensor.shape[axis + 1 :])
+            return tensor.expand(batch, *tensor.shape[1:]) if place in self.per_picture else tensor
+
+        result: dict[str, object] = mapped(self.tree, filled)
+        return result
+
+    def named(self, arguments: Mapping[str, object]) -> dict[str, object]:
+        """The engine's inputs among the transformer's arguments. Raises RecipeError where another one is not what the
+        engine was compiled with."""
+        result, known = {}, dict(leaves(self.tree))
+        for place, leaf in leaves(self.single(arguments)):
+            if place in self.inputs:
+                result[self.inputs[place].row.name] = leaf
+            elif leaf is not None and not _agrees(leaf, known.get(place)):
+                raise RecipeError(
+                    f"{_name(place)} is not what the engine was compiled with, which is what {self.pipeline} gives for "
+                    "this size; call the pipeline with its own settings, or use the float transformer"
+                )
+        return result
+
+
+class Recordings:
+    """Of one class and configuration; each is made once, when it is asked for."""
+
+    def __init__(self, class_name: str, config: Config) -> None:
+        self.class_name, self.config = class_name, config
+        self.recorder: Recorder = recorder_of(class_name, config)
+        self.pixels = self.recorder.pixels_per_cell
+
+    @property
+    def own_cells(self) -> Size:
+        """Of the size that the pipeline draws where its caller names none."""
+        height, width = self.recorder.own_size
+        return height // self.pixels, width // self.pixels
+
+    def cells(self, height: int, width: int) -> Size:
+        """Of a picture of so many pixels; 0 stands for the pipeline's own. Raises RecipeError for a size that the
+        pipeline does not draw: it draws the next one below then."""
+        own = self.recorder.own_size
+        height, width = height or own[0], width or own[1]
+        if min(height, width) <= 0 or height % self.unit or width % self.unit:
+            name = self.recorder.pipeline_class.__name__
+            raise RecipeError(f"image size {height} x {width}: {name} needs multiples of {self.unit} pixels")
+        return height // self.pixels, width // self.pixels
+
+    @cached_property
+    def unit(self) -> int:
+        """Pixels that a picture's sides are multiples of: of a token, which is a cell or a square of cells."""
+        patch = self.config.get("patch_size")
+        side = max(patch[1:]) if isinstance(patch, list | tuple) else patch
+        (latents,) = self._one(self.noise, LATENTS_HANG)
+        packed = not {"height", "width"} <= set(self.axes[latents])
+        return self.pixels * max(PACKED_CELLS if packed else 1, side if isinstance(side, int) else 1)
+
+    def leaves(self, drawing: Drawing, step: int = 0) -> dict[Place, object]:
+        """What the transformer is given at a step."""
+        return dict(leaves(self.single(self.recorder.record(drawing).calls[step])))
+
+    def single(self, arguments: Mapping[str, object]) -> dict[str, object]:
+        """The arguments with one item where the code reads one of several equal ones."""
+        result = dict(arguments)
+        for name in self.recorder.row.single:
+            items = result.get(name)
+            if isinstance(items, list | tuple):
+                if any(item != items[0] for item in items):
+                    raise ModelError(f"{self.class_name}: {name} is not the same for every picture")
+                result[name] = items[:1]
+        return result
+
+    def drawing(self, cells: Size = CELLS, **changes: int | float | bool) -> Drawing:
+        """The first recording, or one that differs from it."""
+        height, width = cells[0] * self.pixels, cells[1] * self.pixels
+        return replace(Drawing(PICTURES, TOKENS, height, width, guidance_scale=GUIDANCE), **changes)  # type: ignore[arg-type]
+
+    # --- what is learned of them -------------------------------------------------------------------------------------
+
+    @cached_property
+    def first(self) -> dict[Place, object]:
+        """Leaves of the first call of the first recording."""
+        return self.leaves(self.drawing())
+
+    def _changed(self, other: Mapping[Place, object]) -> frozenset[Place]:
+        """Places of leaves that differ from the first recording's. Raises ModelError where there are others."""
+        if other.keys() != self.first.keys():
+            name = ".".join(map(str, min(other.keys() ^ self.first.keys(), key=str)))
+            raise ModelError(
+                f"{self.class_name}: whether its argument {name} is there hangs on how it is called; only models whose "
+                "arguments are always the same ones are compiled"
+            )
+        return frozenset(place for place, leaf in self.first.items() if not _equal(leaf, other[place]))
+
+    @cached_property
+    def noise(self) -> frozenset[Place]:
+        """Places of what hangs on the noise: latents."""
+        return self._changed(self.leaves(self.drawing(noise_seed=1)))
+
+    @cached_property
+    def prompts(self) -> frozenset[Place]:
+        return self._changed(self.leaves(self.drawing(prompt_seed=1)))
+
+    @cached_property
+    def masks(self) -> frozenset[Place]:
+        return self._changed(self.leaves(self.drawing(ragged=False)))
+
+    @cached_property
+    def steps(self) -> frozenset[Place]:
+        """Places of what changes from step to step, which latents need not: the model gave zeros."""
+        return self._changed(self.leaves(self.drawing(), step=1)) - self.noise
+
+    @cached_property
+    def guidance(self) -> frozenset[Place]:
+        """Places of what hangs on the guidance scale, where the model is given it."""
+        if "guidance_scale" not in self.recorder.arguments:
+            return frozenset()
+        other = self.leaves(self.drawing(guidance_scale=MORE_GUIDANCE))
+        same = {place: leaf for place, leaf in other.items() if _shape(leaf) == _shape(self.first.get(place))}
+        # With guidance many pipelines give the model twice as many pictures, which says nothing of its inputs.
+        return self._changed(other) if same.keys() == other.keys() else frozenset()
+
+    @cached_property
+    def axes(self) -> Mapping[Place, tuple[int | str, ...]]:
+        """Place of a tensor -> what each of its axes counts: "batch", "tokens", "height" and "width" of latents in
+        cells, other sizes of the picture by names of their own, or always the same number."""
+        others = {
+            "batch": self.leaves(self.drawing(pictures=MORE_PICTURES)),
+            "tokens": self.leaves(self.drawing(tokens=MORE_TOKENS)),
+            "height": self.leaves(self.drawing(HIGHER)),
+            "width": self.leaves(self.drawing(WIDER)),
+        }
+        return {
+            place: tuple(self._axis(place, axis, {key: other[place] for key, other in others.items()})
+                         for axis in range(leaf.ndim))
+            for place, leaf in self.first.items() if isinstance(leaf, torch.Tensor)
+        }  # fmt: skip
+
+    def _axis(self, place: Place, axis: int, others: Mapping[str, object]) -> int | str:
+        size = _shape(self.first[place])[axis]
+        sizes = {key: _shape(other)[axis] for key, other in others.items()}
+        changed = {key for key, other in sizes.items() if other != size}
+        if not changed:
+            return size
+        if changed == {"batch"} and size * MORE_PICTURES == sizes["batch"] * PICTURES:
+            return "batch"
+        if changed == {"tokens"} and (size, sizes["tokens"]) == (TOKENS, MORE_TOKENS):
+            return "tokens"
+        if changed == {"height"} and (size, sizes["height"]) == (CELLS[0], HIGHER[0]):
+            return "height"
+        if changed == {"width"} and (size, sizes["width"]) == (CELLS[1], WIDER[1]):
+            return "width"
+        if changed <= {"height", "width"}:
+            return f"{_name(place)}.{axis}"
+        raise ModelError(
+            f"{self.class_name}: axis {axis} of its argument {_name(place)} has {size} rows, which hang on "
+            f"{' and '.join(sorted(changed))}; an axis counts pictures, tokens of a prompt, or parts of a picture"
+        )
+
+    @cached_property
+    def learned(self) -> tuple[Learned, ...]:
+        """The inputs of the engine, in the order of the arguments."""
+        (latents,) = self._one(self.noise, LATENTS_HANG)
+        (timestep,) = self._one(self.steps & _tensors(self.first), "a timestep, which changes from step to step")
+        rows = []
+        for place in self.first:
+            if place == latents:
+                rows.append(self._row(place, LATENTS, "normal"))
+            elif place == timestep:
+                rows.append(self._row(place, TIMESTEP, self._timestep(place)))
+            elif place in self.prompts:
+                rows.append(self._row(place, _name(place), "normal"))
+            elif place in self.masks:
+                rows.append(self._row(place, _name(place), "mask"))
+            elif place in self.guidance:
+                rows.append(self._row(place, _name(place), "upto:10"))
+        return tuple(rows)
+
+    def _one(self, places: frozenset[Place], what: str) -> frozenset[Place]:
+        if len(places) != 1:
+            names = ", ".join(sorted(map(_name, places))) or "none"
+            raise ModelError(f"{self.class_name} takes {what}, in one argument; these do: {names}")
+        return places
+
+    def _row(self, place: Place, name: str, fill: str) -> Learned:
+        leaf = self.first[place]
+        if not isinstance(leaf, torch.Tensor):
+            raise ModelError(
+                f"{self.class_name}: its argument {_name(place)} is {leaf!r} and hangs on what is drawn; an engine's "
+                "input is a tensor"
+            )
+        return Learned(Input(name, self.axes[place], fill), place, leaf.dtype)
+
+    @property
+    def sampler(self) -> tuple[str, float]:
+        """What takes steps like the pipeline's scheduler, and the timestep of pure noise (`sampling.make_sampler`)."""
+        import diffusers
+
+        flows = isinstance(self.recorder.pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+        (row,) = (each.row for each in self.learned if each.row.name == TIMESTEP)
+        return "flow_euler" if flows else "ddim", 1000.0 if row.fill == "timestep" else 1.0
+
+    def _timestep(self, place: Place) -> str:
+        """Whole steps of training, or parts of the way from noise to data."""
+        both = (self.first[place], self.leaves(self.drawing(), step=1)[place])
+        most = max(float(leaf.max()) for leaf in both if isinstance(leaf, torch.Tensor))
+        return "timestep" if most > 1 else "timestep:1"
+
+    @lru_cache  # noqa: B019  # as long as the family, which holds a few sizes
+    def call(self, cells: Size) -> Call:
+        """The call for pictures of a size. Raises ModelError for what the pipeline does not draw."""
+        inputs = {each.place: each for each in self.learned}
+        recorded = self.recorder.record(self.drawing(cells, pictures=1, ragged=False))
+        tree = self.single(recorded.calls[0])
+        per_picture, per_token = set[Place](), set[Place]()
+
+        def kept(place: Place, leaf: object) -> object:
+            if place in inputs or not isinstance(leaf, torch.Tensor):
+                return leaf if place not in inputs else None
+            names = self.axes[place]
+            if "batch" in names[1:] or "tokens" in names[names[:1] == ("batch",) :][1:]:
+                raise ModelError(
+                    f"{self.class_name}: its argument {_name(place)} counts pictures and tokens in axes {names}; one "
+                    "that all pictures share has pictures first, then tokens"
+                )
+            if names[:1] == ("batch",):
+                per_picture.add(place)
+            if "tokens" in names:
+                axis = names.index("tokens")
+                row = leaf.narrow(axis, 0, 1)
+                if not torch.equal(row.expand_as(leaf), leaf):
+                    raise ModelError(
+                        f"{self.class_name}: its argument {_name(place)} differs from token to token; only one that is "
+                        "the same for all is compiled"
+                    )
+                per_token.add(place)
+                leaf = row
+            return leaf
+
+        sizes = {
+            name: _shape(leaf)[axis]
+            for place, leaf in leaves(tree) if place in self.axes for axis, name in enumerate(self.axes[place])
+            if isinstance(name, str) and name not in ("batch", "tokens")
+        }  # fmt: skip
+        name = self.recorder.pipeline_class.__name__
+        return Call(mapped(tree, kept), inputs, frozenset(per_picture), frozenset(per_token), sizes, name, self.single)
+
+    def sizes(self, cells: Size) -> Mapping[str, int]:
+        """As of the call."""
+        return self.call(cells).sizes
+
+
+def _tensors(known: Mapping[Place, object]) -> frozenset[Place]:
+    return frozenset(place for place, leaf in known.items() if isinstance(leaf, torch.Tensor))
+
+
+def _shape(leaf: object) -> tuple[int, ...]:
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else ()
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+def _agrees(leaf: object, known: object) -> bool:
+    """Whether a leaf says the same as the known one, of which one row may stand for many."""
+    if not (isinstance(leaf, torch.Tensor) and isinstance(known, torch.Tensor)):
+        return _equal(leaf, known)
+    if leaf.ndim != known.ndim or any(a not in (1, b) for a, b in zip(known.shape, leaf.shape, strict=True)):
+        return False
+    return torch.equal(leaf.cpu(), known.to(leaf.dtype).expand_as(leaf))
+
+
+def _name(place: Place) -> str:
+    return ".".join(map(str, place))
+
+
+# --- the family ------------------------------------------------------------------------------------------------------
+
+
+def recorded_family(class_name: str, config: Config, source: Path) -> Family:
+    """The row of a class with a pipeline of diffusers. Raises ModelError naming what cannot be learned of it.
+
+    source: the file of the configuration, for messages; what it leaves to the class is filled in.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ModelError(f"{source}: diffusers {diffusers.__version__} has no model {class_name!r}; check the name")
+    try:
+        recordings = Recordings(class_name, {**defaults_of(class_name), **config})
+        family = _family(recordings)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
+    logger.info("%s: inputs are learned from %s", class_name, recordings.recorder.pipeline_class.__name__)
+    return family
+
+
+def _family(recordings: Recordings) -> Family:
+    rows = tuple(each.row for each in recordings.learned)
+    recorder = recordings.recorder
+    quantized, once = _by_kind({path: rows for path, rows in recorder.rows.items() if path not in recorder.repeated})
+
+    def call(module: nn.Module, inputs: Tensors) -> Tensor:
+        call = recordings.call(module.drawn_cells)
+        output: Tensor = module(**call.arguments(inputs), return_dict=False)[0]
+        return output
+
+    return Family(
+        name=RECORDED,
+        class_name=recordings.class_name,
+        matches=lambda _: True,
+        quantized=quantized,
+        kept=(
+            PATCH_EMBED,
+            *((pattern, "runs once per picture: its error reaches every token") for pattern in once),
+            *((pattern, "not run when its pipeline draws") for pattern in _patterns(recorder.not_run)),
+            *((pattern, SEVERAL) for pattern in _patterns(sorted(recorder.repeated))),
+            (BLOCK.pattern, "convolution or table of a block: these are computed in float"),
+            (".*", "outside the repeated blocks"),
+        ),
+        inputs=lambda _: rows,
+        call=call,
+        conditioning=f"as {recorder.pipeline_class.__name__} gives them",
+        tokens=LONGEST,
+        binned="use_resolution_binning" in recorder.arguments,
+        recordings=recordings,
+    )
+
+
+LONGEST = 120  # tokens of a prompt where nothing states another number
+
+
+def _by_kind(rows: Mapping[str, bool]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """(pattern, kind) of the linears in repeated blocks that see every token, and patterns of those that do not."""
+    quantized, once = dict[str, str](), dict[str, None]()
+    for path, sees_tokens in rows.items():
+        if not BLOCK.fullmatch(path):
+            continue
+        pattern = any_block(path)
+        if sees_tokens:
+            quantized[pattern] = next(kind for ending, kind in ENDINGS if re.fullmatch(ending, path))
+        else:
+            once[pattern] = None
+    return tuple(quantized.items()), tuple(once)
+
+
+def _patterns(paths: Iterable[str]) -> list[str]:
+    """Of those in repeated blocks, each once."""
+    return list(dict.fromkeys(any_block(path) for path in paths if BLOCK.fullmatch(path)))
+
+
+def any_block(path: str) -> str:
+    """Pattern of a linear's path in every block of its kind; numbers behind the block's stay as they are.
+
+    >>> any_block("transformer_blocks.3.ff.net.2")
+    'transformer_blocks\\\\.\\\\d+\\\\.ff\\\\.net\\\\.2'
+    """
+    block, _, rest = re.split(r"\.(\d+)\.", path, maxsplit=1)
+    return rf"{re.escape(block)}\.\d+\.{re.escape(rest)}"

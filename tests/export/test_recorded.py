@@ -1,0 +1,217 @@
+"""Families that are learned from their diffusers pipelines: what a class without a row is called with, which of its
+linears see every token, and what is refused. Nothing is built, and no weight is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.errors import ModelError, RecipeError
+from export.models import load as models
+from export.models.description import sample_inputs
+from export.models.recorded import LATENTS, TIMESTEP, Recordings, recorded_family
+from export.models.recording import Drawing, leaves, pipeline_class
+from export.models.torch_modules import TabledTimesteps, set_resolution
+from pipeline.backends.reference import ReferenceEngine
+from pipeline.generate.diffusers_adapter import DrawnSize, EngineTransformer
+from tests.support import recorded_models, tiny
+
+pytestmark = pytest.mark.torch
+CAPTION, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
+# name -> pipeline, and the inputs: axes that count something, and what samples hold.
+LEARNED: dict[str, tuple[str, dict[str, tuple[tuple[object, ...], str]]]] = {
+    "sd3": (
+        "StableDiffusion3Pipeline",
+        {
+            LATENTS: (("batch", 4, "height", "width"), "normal"),
+            CAPTION: (("batch", "tokens", 32), "normal"),
+            POOLED: (("batch", 16), "normal"),
+            TIMESTEP: (("batch",), "timestep"),
+        },
+    ),
+    "flux": (
+        "FluxPipeline",
+        {
+            LATENTS: (("batch", "hidden_states.1", 16), "normal"),
+            CAPTION: (("batch", "tokens", 32), "normal"),
+            POOLED: (("batch", 16), "normal"),
+            TIMESTEP: (("batch",), "timestep:1"),
+            "guidance": (("batch",), "upto:10"),
+        },
+    ),
+    "sana": (
+        "SanaPipeline",
+        {
+            LATENTS: (("batch", 4, "height", "width"), "normal"),
+            CAPTION: (("batch", "tokens", 24), "normal"),
+            TIMESTEP: (("batch",), "timestep"),
+            MASK: (("batch", "tokens"), "mask"),
+        },
+    ),
+    "wan": (
+        "WanPipeline",
+        {
+            LATENTS: (("batch", 4, 21, "height", "width"), "normal"),
+            TIMESTEP: (("batch",), "timestep"),
+            CAPTION: (("batch", "tokens", 24), "normal"),
+        },
+    ),
+    "latte": (
+        "LattePipeline",
+        {
+            LATENTS: (("batch", 4, 4, "height", "width"), "normal"),
+            TIMESTEP: (("batch",), "timestep"),
+            CAPTION: (("batch", "tokens", 24), "normal"),
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def recordings() -> dict[str, Recordings]:
+    """Each is recorded once."""
+    return {name: Recordings(*recorded_models.stated(name)) for name in recorded_models.MODELS}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_inputs_are_what_the_pipeline_gives(name: str, recordings: dict[str, Recordings]) -> None:
+    pipeline, inputs = LEARNED[name]
+    assert recordings[name].recorder.pipeline_class.__name__ == pipeline
+    assert {each.row.name: (each.row.shape, each.row.fill) for each in recordings[name].learned} == inputs
+
+
+@pytest.mark.parametrize("name", recorded_models.MODELS)
+def test_pictures_are_those_of_the_pipeline_with_the_float_model(name: str, tmp_path: Path) -> None:
+    """The pipeline itself with the module, and with a stand-in that has the module's inputs by name."""
+    model = recorded_models.saved(name, tmp_path)
+    recordings = model.family.recordings
+    assert recordings is not None
+    recorder, size = recordings.recorder, recorded_models.SIZE
+    cells = model.cells(*size)
+    set_resolution(model.module, *cells)
+    engine = ReferenceEngine(models.denoiser(model), torch.float32)
+    stand_in = EngineTransformer(engine, model.family, model.config, DrawnSize(cells, model.pixels_per_cell))
+    drawn = [
+        recorded_models.draw(recorder, part, Drawing(2, 7, *size, guidance_scale=scale))
+        for part in (model.module, stand_in)
+        for scale in (1.0, 3.0)
+    ]
+    for of_module, of_stand_in in zip(drawn[:2], drawn[2:], strict=True):
+        # The same float32 arithmetic but for the order of some products: units in the last place of two steps.
+        np.testing.assert_allclose(of_stand_in, of_module, rtol=0, atol=1e-5 * np.abs(of_module).max())
+    assert np.abs(drawn[0] - drawn[1]).max() > 0  # the guidance counts
+
+
+def test_what_hangs_on_the_size_alone_is_no_input_and_is_refused_where_it_differs(tmp_path: Path) -> None:
+    model = recorded_models.saved("flux", tmp_path)
+    recordings = model.family.recordings
+    assert recordings is not None
+    call = recordings.call((8, 8))
+    assert set(recordings.first) - {each.place for each in recordings.learned} >= {("img_ids",), ("txt_ids",)}
+    given = {name: torch.from_numpy(value) for name, value in sample_inputs(model, 2, 0, 64, 64).items()}
+    arguments = call.arguments(given)
+    assert arguments["img_ids"].shape == (16, 3) and arguments["txt_ids"].shape == (model.tokens, 3)
+    assert call.named(arguments).keys() == given.keys()
+    with pytest.raises(RecipeError, match="img_ids is not what the engine was compiled with, which is what FluxPipel"):
+        call.named({**arguments, "img_ids": arguments["img_ids"] + 1})
+    with pytest.raises(RecipeError, match="controlnet_block_samples"):
+        call.named({**arguments, "controlnet_block_samples": [torch.ones(1)]})
+
+
+def test_linears_that_see_every_token_are_quantized_and_the_others_kept(tmp_path: Path) -> None:
+    model = recorded_models.saved("flux", tmp_path)
+    kinds = {ref.name: ref.kind for ref in model.linears()}
+    assert kinds["transformer_blocks.0.attn.add_k_proj"] == "attn.qkv"
+    assert kinds["transformer_blocks.0.ff_context.net.2"] == "ff.out"
+    assert kinds["single_transformer_blocks.0.proj_out"] == "other"
+    kept = dict(model.kept())
+    assert kept["transformer_blocks.0.norm1.linear"].startswith("runs once per picture")
+    assert kept["x_embedder"] == kept["proj_out"] == "outside the repeated blocks"
+    assert kinds.keys() | kept.keys() >= {path for path, part in model.module.named_modules()
+                                          if isinstance(part, torch.nn.Linear)}  # fmt: skip
+
+
+def test_a_linear_that_runs_for_the_picture_and_again_for_the_text_is_kept(tmp_path: Path) -> None:
+    model = recorded_models.saved("cogview4", tmp_path)
+    kept = dict(model.kept())
+    assert kept["transformer_blocks.1.ff.net.0.proj"].startswith("runs several times in a call")
+    assert {ref.name for ref in model.linears()} == {
+        f"transformer_blocks.{block}.attn1.{name}" for block in (0, 1) for name in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+
+
+def test_coverage_is_said_in_parameters_and_adds_up(tmp_path: Path) -> None:
+    model = recorded_models.saved("sana", tmp_path)
+    words = model.coverage()
+    linears = [ref.module for ref in model.linears()]
+    inside = sum(part.weight.numel() + (part.bias is not None and part.bias.numel()) for part in linears)
+    share = f"{inside / model.parameters:.1%}"
+    assert words.startswith(
+        f"{len(linears)} linears to quantize hold {share} of {model.parameters:,} parameters; kept: "
+    )
+    shares = [float(number) for number in re.findall(r"(\d+\.\d) ?%", words)]
+    assert abs(sum(shares) - 100) <= 0.05 * len(shares)
+    assert "convolution or table of a block" in words  # of its feed-forward parts
+
+
+def test_convolutions_of_a_video_are_counted_among_the_kept(tmp_path: Path) -> None:
+    assert "patch_embedding" in dict(recorded_models.saved("wan", tmp_path).kept())
+
+
+def test_a_size_between_two_that_are_drawn_is_refused(recordings: dict[str, Recordings]) -> None:
+    assert recordings["flux"].unit == 16 and recordings["wan"].unit == 16 and recordings["sana"].unit == 32
+    with pytest.raises(RecipeError, match="image size 72 x 64: FluxPipeline needs multiples of 16 pixels"):
+        recordings["flux"].cells(72, 64)
+    assert recordings["flux"].cells(0, 0) == recordings["flux"].own_cells == (128, 128)
+
+
+REFUSED = {
+    "zimage": "ZImageTransformer2DModel gives a list of tensors, one for each picture; only models that",
+    "lumina2": "reads sizes from the numbers in its inputs",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused_by_name(name: str) -> None:
+    class_name, config = recorded_models.REFUSED[name]
+    with pytest.raises(ModelError, match=REFUSED[name]):
+        recorded_family(class_name, config, Path("config.json"))
+
+
+def test_a_class_that_is_not_there_or_has_no_pipeline_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"config\.json: diffusers .* has no model 'GoneModel'; check the name"):
+        recorded_family("GoneModel", {}, Path("config.json"))
+    with pytest.raises(ModelError, match="no pipeline that draws with AutoencoderTiny alone"):
+        pipeline_class("AutoencoderTiny")
+
+
+def test_a_configuration_that_makes_no_model_is_refused() -> None:
+    class_name, config = recorded_models.stated("sd3")
+    with pytest.raises(ModelError, match="SD3Transformer2DModel cannot be made of its configuration"):
+        recorded_family(class_name, {**config, "attention_head_dim": "wide"}, Path("config.json"))
+
+
+def test_timesteps_from_a_table_are_those_of_diffusers_to_the_bit() -> None:
+    from diffusers.models.embeddings import Timesteps
+
+    times = torch.tensor([0.0, 0.3, 999.0, 10_000.0])
+    for channels, cosine_first, shift, scale in ((256, True, 0, 1), (7, False, 1, 1000), (32, True, 0.5, 3)):
+        theirs = Timesteps(channels, cosine_first, shift, scale)
+        assert torch.equal(TabledTimesteps(theirs)(times), theirs(times))
+
+
+def test_leaves_have_places() -> None:
+    tree: Any = {"a": [1, (2, {"b": 3})], "c": None}
+    assert dict(leaves(tree)) == {("a", 0): 1, ("a", 1, 0): 2, ("a", 1, 1, "b"): 3, ("c",): None}
+
+
+def test_a_drawing_differs_from_the_first_in_what_is_asked(recordings: dict[str, Recordings]) -> None:
+    first = recordings["sd3"].drawing()
+    assert recordings["sd3"].drawing(prompt_seed=1) == replace(first, prompt_seed=1)
+    assert tiny.SD3["sample_size"] * 8 == recordings["sd3"].recorder.own_size[0]
