@@ -52,7 +52,7 @@ PLAN = Plan(
     reader=Stage("reader", 3000, 64, 2e-3),
     autoencoder=Stage("autoencoder", 3500, 16, 1e-3, every=500),
     text_encoder=Stage("text_encoder", 1000, 128, 1e-3, every=250),
-    denoiser=Stage("denoiser", 3000, 32, 6e-4, every=1000),
+    denoiser=Stage("denoiser", 6000, 32, 6e-4, every=1000),
     latents=40_000,
 )
 
