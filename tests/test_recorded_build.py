@@ -13,7 +13,7 @@ from export.models.recording import Drawing
 from export.models.torch_modules import set_resolution
 from pipeline import __main__ as cli
 from pipeline import load
-from tests.support import recorded_models, tiny
+from tests.support import recorded_models
 from tests.support.quick_build import measure_little
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -24,7 +24,7 @@ HEIGHT, WIDTH = recorded_models.SIZE
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a model and of its bundle."""
     folder = tmp_path_factory.mktemp(request.param)
-    tiny.random_module(*recorded_models.MODELS[request.param]).save_pretrained(folder / "model")
+    recorded_models.save(request.param, folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         measure_little(patch.setattr)
         flags = ["--engine", "pixart_w4a8", "-m", str(folder / "model"), "--target", "cpu", "-o", str(folder / "e")]
