@@ -196,8 +196,6 @@ def _traced(
 def refuse_fixed_axes(model: LoadedModel, height: int, width: int) -> None:
     """Raise ModelError where the code of a model that was learned from its pipeline fixes how many pictures or tokens
     there are: no graph of it serves all. Nothing is computed."""
-    from torch._dynamo.exc import UserError
-
     from export.models.torch_modules import set_resolution
     from export.trace import exported
 
@@ -205,7 +203,7 @@ def refuse_fixed_axes(model: LoadedModel, height: int, width: int) -> None:
     set_resolution(module, *model.cells(height, width))
     try:
         exported(module, model.inputs, sample_inputs(model, TRACE_BATCH, 0, height, width, TRACE_TOKENS))
-    except UserError as error:
+    except Exception as error:  # whatever torch.export says of code that nobody has tried
         words = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{model.source}: {model.family.class_name} cannot be traced for any number of pictures and tokens "

@@ -27,12 +27,12 @@ from pipeline.progress import track
 
 logger = logging.getLogger(__name__)
 NAME = "families"
-METHODS = ("rtn", "gptq", "fp4dit")
+METHODS = ("rtn", "qdit", "fp4dit")
 RECIPE, N_STEPS = "pixart_w4a8", 4
 GUIDANCE = 2.0
 # A tiny model's groups, and as much learning as shows that a method runs.
 SETTINGS = ("weights.group_size=32", f"sampling.n_steps={N_STEPS}", "calibrate.size=8")
-LEARNING = {"fp4dit": ("fp4dit.iterations=50",)}
+LEARNING = {"fp4dit": ("calibrate.options.iterations=50",)}
 
 
 def measured(name: str, methods: Sequence[str], folder: Path) -> Json:
