@@ -377,7 +377,7 @@ def _built(row: Json | None) -> str:
     if row is None:
         return "-"
     if row["exit_code"]:
-        return f"not built (exit {row['exit_code']})"
+        return "not built"
     return f"{row['gates']} gates, {row['drawn_sqnr_db']:.1f} dB"
 
 
