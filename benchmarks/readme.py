@@ -356,6 +356,31 @@ def _of_tool(row: Json) -> str:
     return str(row["found"]).strip("- ")
 
 
+def families() -> str:
+    """One row for each class that is learned from its pipeline, from the JSON of benchmarks/families."""
+    document = read(RESULTS / "families.json", {"models": {}})
+    methods = list(dict.fromkeys(name for row in document["models"].values() for name in row.get("methods", {})))
+    rows = []
+    for name, row in document["models"].items():
+        if row["refused"]:
+            rows.append([name, f"`{row['class']}`", "-", *["refused"] * len(methods), row["refused"]])
+            continue
+        share = f"{row['linears']}, {row['quantized_parameters'] / row['parameters']:.0%}"
+        built = [_built(row["methods"].get(method)) for method in methods]
+        rows.append([name, f"`{row['class']}`", share, *built, f"`{row['pipeline']}`"])
+    header = ["model", "class", "linears in the engine, of all parameters", *methods, "pipeline, or what is missing"]
+    return markdown(header, rows) if rows else "Not run yet: run `python -m benchmarks.families`."
+
+
+def _built(row: Json | None) -> str:
+    """Gates that passed, and how far the pipeline's latents are from those with the float model."""
+    if row is None:
+        return "-"
+    if row["exit_code"]:
+        return "not built"
+    return f"{row['gates']} gates, {row['drawn_sqnr_db']:.1f} dB"
+
+
 PARTS_OF_A_CALL = (GEMM, BYTE_ATTENTION, ATTENTION, BETWEEN, REST)
 RATES = {
     "byte_products_per_s": "10^9 products/s of bytes",
@@ -462,6 +487,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bundled-models": bundled_models,
     "quality-short": partial(short_table, names=SHORT),
     "tools": tools,
+    "families": families,
     "speed": speed,
     "speed-short": speed_short,
     "speed-equal": speed_equal,

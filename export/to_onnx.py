@@ -193,20 +193,13 @@ def _traced(
     return trace(module, model.inputs, samples, attention)
 
 
-def refuse_fixed_axes(model: LoadedModel, height: int, width: int) -> None:
-    """Raise ModelError where the code of a model that was learned from its pipeline fixes how many pictures or tokens
-    there are: no graph of it serves all. Nothing is computed."""
-    from torch._dynamo.exc import UserError
-
-    from export.models.torch_modules import set_resolution
-    from export.trace import exported
-
-    module = denoiser(model, {})
-    set_resolution(module, *model.cells(height, width))
+def refuse_untraceable(model: LoadedModel, height: int, width: int) -> None:
+    """Raise ModelError where no graph can be made of a model that was learned from its pipeline, for any number of
+    pictures and tokens: its code may fix one, or do what ONNX has no form for. Nothing is computed."""
     try:
-        exported(module, model.inputs, sample_inputs(model, TRACE_BATCH, 0, height, width, TRACE_TOKENS))
-    except UserError as error:
-        words = " ".join(str(error).split())[:300]
+        _traced(model, {}, height, width, None)
+    except Exception as error:  # whatever torch and its exporter say of code that nobody has tried
+        words = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
         raise ModelError(
             f"{model.source}: {model.family.class_name} cannot be traced for any number of pictures and tokens "
             f"({words})"

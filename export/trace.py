@@ -29,13 +29,12 @@ from export.errors import ContractError, ModelError
 from export.formats.attention import AttentionFormats
 from export.models.attention_calls import attention_calls
 from export.models.description import Array
-from export.models.families import SIDES, Input
+from export.models.families import MOST_TOKENS, SIDES, Input
 from export.models.torch_modules import Denoiser
 from export.onnx_files import quiet
 from export.quantize_graph import PLACEHOLDER
 
 IR_VERSION = 10
-MOST_TRACED_TOKENS = 1024
 MODULE_PREFIX = "transformer."
 ATTENTION = "QuantizedAttention"
 # A node of the trace alone: what it passes on ends a stretch, and gets the name of the part that computed it.
@@ -108,8 +107,9 @@ def exported(module: nn.Module, rows: tuple[Input, ...], samples: Mapping[str, A
     """
     least = {name: row.least_side for row in rows for name in row.dynamic_axes.values() if name in SIDES}
     names = {name for row in rows for name in row.dynamic_axes.values()}
-    # Tables of rotary positions end somewhere; up to here all do, and an engine's graph has no such end.
-    most = {"tokens": MOST_TRACED_TOKENS} if module.family.recordings is not None else {}
+    # A table of positions that is cut to the tokens' number is traced for numbers up to its end alone; callers are
+    # refused more.
+    most = {"tokens": MOST_TOKENS} if module.family.recordings is not None else {}
     sizes = {name: torch.export.Dim(name, min=least.get(name), max=most.get(name)) for name in sorted(names)}
     dynamic = tuple({axis: sizes[name] for axis, name in row.dynamic_axes.items()} for row in rows)
     args = tuple(torch.from_numpy(samples[row.name]) for row in rows)

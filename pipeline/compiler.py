@@ -145,9 +145,9 @@ def prepare(request: BuildRequest) -> Prepared:
         logger.info("%s: %s", recipe.model, model.coverage())
     model.cells(recipe.sampling.height, recipe.sampling.width)  # refuses an image size that the model cannot make
     if model.family.recordings is not None:
-        from export.to_onnx import refuse_fixed_axes
+        from export.to_onnx import refuse_untraceable
 
-        refuse_fixed_axes(model, recipe.sampling.height, recipe.sampling.width)
+        refuse_untraceable(model, recipe.sampling.height, recipe.sampling.width)
     recipe = with_method(recipe, model)
     for target in request.targets:
         recipe = BACKENDS[target].settled(recipe)

@@ -13,7 +13,7 @@ from export.models.recording import Drawing
 from export.models.torch_modules import set_resolution
 from pipeline import __main__ as cli
 from pipeline import load
-from tests.support import recorded_models, tiny
+from tests.support import recorded_models
 from tests.support.quick_build import measure_little
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -24,7 +24,7 @@ HEIGHT, WIDTH = recorded_models.SIZE
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a model and of its bundle."""
     folder = tmp_path_factory.mktemp(request.param)
-    tiny.random_module(*recorded_models.MODELS[request.param]).save_pretrained(folder / "model")
+    recorded_models.save(request.param, folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         measure_little(patch.setattr)
         flags = ["--engine", "pixart_w4a8", "-m", str(folder / "model"), "--target", "cpu", "-o", str(folder / "e")]
@@ -52,10 +52,10 @@ def test_its_pipeline_draws_with_the_engine_what_it_draws_with_the_float_model(b
         recorded_models.draw(recordings.recorder, part, drawing) for part in (model.module, bundle.as_diffusers())
     )
     error = np.abs(drawn - expected).std() / expected.std()
-    # The bundle's own measure of what quantization costs on its way, of pictures of the same kind: 12 dB for luck.
+    # The bundle's own measure of what quantization costs on its way, of other noise and prompts: 6 dB.
     gates = json.loads((built[1] / "report" / "parity.json").read_text())["gates"]
     stated = next(gate["value"] for gate in gates if gate["name"] == "quant_sqnr_db")
-    assert 0 < error < 10 ** ((12 - stated) / 20)
+    assert 0 < error < 10 ** ((6 - stated) / 20)
 
 
 def test_a_class_that_fixes_the_number_of_tokens_is_refused_before_work_starts(

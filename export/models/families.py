@@ -36,6 +36,7 @@ SIDES = ("height", "width")
 STEP_INPUTS = frozenset({"hidden_states", "timestep"})
 DENOISER, TEXT_ENCODER = "denoiser", "text encoder"
 RECORDED = "recorded"  # the name of a family that is learned from its pipeline
+MOST_TOKENS = 1024  # of a prompt, of a family whose tables of positions for text end somewhere unknown
 KEPT_BY_RECIPE = "the recipe keeps it"
 # Of an autoencoder: latents to pictures, or pictures to latents.
 Half = Literal["decoder", "encoder"]

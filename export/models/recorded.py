@@ -12,21 +12,24 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from export.documents import read_json, shown
 from export.errors import ModelError, RecipeError
-from export.models.config import defaults_of
+from export.models.config import FILE as CONFIG
+from export.models.config import RULES, defaults_of
 from export.models.families import PATCH_EMBED, RECORDED, Config, Family, Input, Tensors
-from export.models.recording import BLOCK, Drawing, Place, Recorder, leaves, mapped, recorder_of
+from export.models.recording import BLOCK, Drawing, Place, Recorded, Recorder, leaves, mapped, recorder_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
+INDEX = "model_index.json"  # of a pipeline
 LATENTS, TIMESTEP = "hidden_states", "timestep"
 TOKENS, MORE_TOKENS, PICTURES, MORE_PICTURES = 10, 13, 2, 3
 GUIDANCE, MORE_GUIDANCE = 1.0, 1.75
@@ -89,7 +92,8 @@ class Call:
             if place in self.inputs:
                 learned = self.inputs[place]
                 value = inputs[learned.row.name]  # floats have the precision that the caller chose
-                return value if learned.dtype.is_floating_point else value.to(learned.dtype)
+                whole = not learned.dtype.is_floating_point and learned.row.name != TIMESTEP
+                return value.to(learned.dtype) if whole else value
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             tensor = leaf.to(dtype) if leaf.is_floating_point() else leaf
@@ -123,6 +127,8 @@ class Recordings:
         self.class_name, self.config = class_name, config
         self.recorder: Recorder = recorder_of(class_name, config)
         self.pixels = self.recorder.pixels_per_cell
+        self._recorded: dict[Drawing, Recorded] = {}
+        self._calls: dict[Size, Call] = {}
 
     @property
     def own_cells(self) -> Size:
@@ -149,9 +155,15 @@ class Recordings:
         packed = not {"height", "width"} <= set(self.axes[latents])
         return self.pixels * max(PACKED_CELLS if packed else 1, side if isinstance(side, int) else 1)
 
+    def recorded(self, drawing: Drawing) -> Recorded:
+        """The calls of a drawing."""
+        if drawing not in self._recorded:
+            self._recorded[drawing] = self.recorder.record(drawing)
+        return self._recorded[drawing]
+
     def leaves(self, drawing: Drawing, step: int = 0) -> dict[Place, object]:
         """What the transformer is given at a step."""
-        return dict(leaves(self.single(self.recorder.record(drawing).calls[step])))
+        return dict(leaves(self.single(self.recorded(drawing).calls[step])))
 
     def single(self, arguments: Mapping[str, object]) -> dict[str, object]:
         """The arguments with one item where the code reads one of several equal ones."""
@@ -210,9 +222,12 @@ class Recordings:
         if "guidance_scale" not in self.recorder.arguments:
             return frozenset()
         other = self.leaves(self.drawing(guidance_scale=MORE_GUIDANCE))
-        same = {place: leaf for place, leaf in other.items() if _shape(leaf) == _shape(self.first.get(place))}
-        # With guidance many pipelines give the model twice as many pictures, which says nothing of its inputs.
-        return self._changed(other) if same.keys() == other.keys() else frozenset()
+        # With guidance many pipelines give the model each picture twice, without and with its prompt.
+        halves = {place: _half(leaf, self.first.get(place)) for place, leaf in other.items()}
+        told = self.prompts | self.masks | self.noise
+        return self._changed(halves) - (
+            told if any(halves[place] is not leaf for place, leaf in other.items()) else set()
+        )
 
     @cached_property
     def axes(self) -> Mapping[Place, tuple[int | str, ...]]:
@@ -224,6 +239,15 @@ class Recordings:
             "height": self.leaves(self.drawing(HIGHER)),
             "width": self.leaves(self.drawing(WIDER)),
         }
+        for other in others.values():
+            self._changed(other)  # refuses other places
+        for key in ("batch", "tokens"):
+            for place, leaf in self.first.items():
+                if not isinstance(leaf, torch.Tensor) and not _equal(leaf, others[key][place]):
+                    raise ModelError(
+                        f"{self.class_name}: its argument {_name(place)} is {leaf!r} for {PICTURES} pictures of "
+                        f"{TOKENS} tokens and {others[key][place]!r} for more; what is compiled in is the same for all"
+                    )
         return {
             place: tuple(self._axis(place, axis, {key: other[place] for key, other in others.items()})
                          for axis in range(leaf.ndim))
@@ -255,6 +279,7 @@ class Recordings:
     def learned(self) -> tuple[Learned, ...]:
         """The inputs of the engine, in the order of the arguments."""
         (latents,) = self._one(self.noise, LATENTS_HANG)
+        self._refuse_other_output(_shape(self.first[latents]))
         (timestep,) = self._one(self.steps & _tensors(self.first), "a timestep, which changes from step to step")
         rows = []
         for place in self.first:
@@ -265,10 +290,29 @@ class Recordings:
             elif place in self.prompts:
                 rows.append(self._row(place, _name(place), "normal"))
             elif place in self.masks:
+                self._refuse_bias(place)
                 rows.append(self._row(place, _name(place), "mask"))
             elif place in self.guidance:
                 rows.append(self._row(place, _name(place), "upto:10"))
         return tuple(rows)
+
+    def _refuse_bias(self, place: Place) -> None:
+        leaf = self.first[place]
+        if isinstance(leaf, torch.Tensor) and not bool(((leaf == 0) | (leaf == 1)).all()):
+            raise ModelError(
+                f"{self.class_name}: its argument {_name(place)} hangs on masks and has other numbers than 0 and 1; an "
+                "engine takes masks themselves"
+            )
+
+    def _refuse_other_output(self, latents: tuple[int, ...]) -> None:
+        """What a model gives is of its latents' shape, or has as many channels again: a variance that it learned."""
+        output = self.recorded(self.drawing()).output
+        more = (*latents[:1], 2 * latents[1], *latents[2:])
+        if output not in (latents, more):
+            raise ModelError(
+                f"{self.class_name} gives {output} for latents {latents}: it takes channels beside noise, or gives "
+                "others; models that draw from text alone are compiled"
+            )
 
     def _one(self, places: frozenset[Place], what: str) -> frozenset[Place]:
         if len(places) != 1:
@@ -292,7 +336,12 @@ class Recordings:
 
         flows = isinstance(self.recorder.pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
         (row,) = (each.row for each in self.learned if each.row.name == TIMESTEP)
-        return "flow_euler" if flows else "ddim", 1000.0 if row.fill == "timestep" else 1.0
+        return "flow_euler" if flows or self.recorder.row.flows else "ddim", 1000.0 if row.fill == "timestep" else 1.0
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether the guidance scale is an input: no call is made without the prompt then."""
+        return bool(self.guidance)
 
     def _timestep(self, place: Place) -> str:
         """Whole steps of training, or parts of the way from noise to data."""
@@ -300,11 +349,15 @@ class Recordings:
         most = max(float(leaf.max()) for leaf in both if isinstance(leaf, torch.Tensor))
         return "timestep" if most > 1 else "timestep:1"
 
-    @lru_cache  # noqa: B019  # as long as the family, which holds a few sizes
     def call(self, cells: Size) -> Call:
         """The call for pictures of a size. Raises ModelError for what the pipeline does not draw."""
+        if cells not in self._calls:
+            self._calls[cells] = self._call(cells)
+        return self._calls[cells]
+
+    def _call(self, cells: Size) -> Call:
         inputs = {each.place: each for each in self.learned}
-        recorded = self.recorder.record(self.drawing(cells, pictures=1, ragged=False))
+        recorded = self.recorded(self.drawing(cells, pictures=1, ragged=False))
         tree = self.single(recorded.calls[0])
         per_picture, per_token = set[Place](), set[Place]()
 
@@ -317,18 +370,12 @@ class Recordings:
                     f"{self.class_name}: its argument {_name(place)} counts pictures and tokens in axes {names}; one "
                     "that all pictures share has pictures first, then tokens"
                 )
+            self._refuse_differing(place)
             if names[:1] == ("batch",):
                 per_picture.add(place)
             if "tokens" in names:
-                axis = names.index("tokens")
-                row = leaf.narrow(axis, 0, 1)
-                if not torch.equal(row.expand_as(leaf), leaf):
-                    raise ModelError(
-                        f"{self.class_name}: its argument {_name(place)} differs from token to token; only one that is "
-                        "the same for all is compiled"
-                    )
                 per_token.add(place)
-                leaf = row
+                leaf = leaf.narrow(names.index("tokens"), 0, 1)
             return leaf
 
         sizes = {
@@ -338,6 +385,22 @@ class Recordings:
         }  # fmt: skip
         name = self.recorder.pipeline_class.__name__
         return Call(mapped(tree, kept), inputs, frozenset(per_picture), frozenset(per_token), sizes, name, self.single)
+
+    def _refuse_differing(self, place: Place) -> None:
+        """Raise ModelError unless all pictures, and all tokens, share what stands at a place."""
+        more = (self.drawing(), self.drawing(pictures=MORE_PICTURES), self.drawing(tokens=MORE_TOKENS))
+        rows = []
+        for leaf in (self.leaves(drawing)[place] for drawing in more):
+            assert isinstance(leaf, torch.Tensor)
+            row = leaf
+            for axis, name in enumerate(self.axes[place]):
+                row = row.narrow(axis, 0, 1) if name in ("batch", "tokens") else row
+            rows.append((row, torch.equal(row.expand_as(leaf), leaf)))
+        if not all(same and torch.equal(row, rows[0][0]) for row, same in rows):
+            raise ModelError(
+                f"{self.class_name}: its argument {_name(place)} differs from picture to picture, or from token to "
+                "token; only one that is the same for all is compiled"
+            )
 
     def sizes(self, cells: Size) -> Mapping[str, int]:
         """As of the call."""
@@ -350,6 +413,14 @@ def _tensors(known: Mapping[Place, object]) -> frozenset[Place]:
 
 def _shape(leaf: object) -> tuple[int, ...]:
     return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else ()
+
+
+def _half(leaf: object, known: object) -> object:
+    """The first half of a tensor that has twice as many rows as the known one; any other leaf as it is."""
+    shapes = _shape(leaf), _shape(known)
+    if isinstance(leaf, torch.Tensor) and shapes[1] and shapes[0] == (2 * shapes[1][0], *shapes[1][1:]):
+        return leaf[: shapes[1][0]]
+    return leaf
 
 
 def _equal(one: object, other: object) -> bool:
@@ -386,11 +457,44 @@ def recorded_family(class_name: str, config: Config, source: Path) -> Family:
         raise ModelError(f"{source}: diffusers {diffusers.__version__} has no model {class_name!r}; check the name")
     try:
         recordings = Recordings(class_name, {**defaults_of(class_name), **config})
+        _refuse_other_pipeline(source.parent.parent, recordings)
         family = _family(recordings)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
     logger.info("%s: inputs are learned from %s", class_name, recordings.recorder.pipeline_class.__name__)
     return family
+
+
+def _refuse_other_pipeline(root: Path, recordings: Recordings) -> None:
+    """Raise ModelError where the model lies in a pipeline that calls it otherwise than the one it is learned from."""
+    index, name = root / INDEX, recordings.recorder.pipeline_class.__name__
+    if not index.is_file():
+        return
+    stated = read_json(index, dict[str, object], RULES)
+    if stated.get("_class_name") != name:
+        raise ModelError(f"{index} is of {shown(stated.get('_class_name'))}; what is known of the class is {name}'s")
+    if stated.get("expand_timesteps"):
+        raise ModelError(
+            f"{index}: expand_timesteps gives each token a timestep; a model of one for each picture is built"
+        )
+    vae = root / "vae" / CONFIG
+    if vae.is_file() and (pixels := _pixels_of(read_json(vae, dict[str, object], RULES))) not in (
+        None,
+        recordings.pixels,
+    ):
+        raise ModelError(
+            f"{vae}: {pixels} pixels of a side of a cell, and {name} takes {recordings.pixels} where it has no "
+            "autoencoder; only such ones are compiled"
+        )
+
+
+def _pixels_of(config: Mapping[str, object]) -> object:
+    """Of a side of a latent's cell, by the configuration of an autoencoder; None where no known key says so."""
+    for key in ("scale_factor_spatial", "spatial_compression_ratio"):
+        if config.get(key) is not None:
+            return config[key]
+    levels = config.get("block_out_channels") if config.get("_class_name") == "AutoencoderKL" else None
+    return 2 ** (len(levels) - 1) if isinstance(levels, list) else None
 
 
 def _family(recordings: Recordings) -> Family:
@@ -419,13 +523,10 @@ def _family(recordings: Recordings) -> Family:
         inputs=lambda _: rows,
         call=call,
         conditioning=f"as {recorder.pipeline_class.__name__} gives them",
-        tokens=LONGEST,
+        tokens=recorder.most_tokens,
         binned="use_resolution_binning" in recorder.arguments,
         recordings=recordings,
     )
-
-
-LONGEST = 120  # tokens of a prompt where nothing states another number
 
 
 def _by_kind(rows: Mapping[str, bool]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:

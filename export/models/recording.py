@@ -41,6 +41,7 @@ POOLED_WIDTHS = ("pooled_projection_dim",)
 NUMBERS_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
 PIPELINE = re.compile(r"^class (\w+Pipeline)\b", re.MULTILINE)
 BLOCK = re.compile(r"(^|.*\.)[A-Za-z_]+\.\d+\..*")  # of the path of what is in a repeated block
+USUAL_TOKENS = 120
 FAKE_LOGGER = "torch._subclasses.fake_tensor"
 # What a pipeline does beside drawing; the name of the plain one has none of them.
 OTHER_USES = re.compile(
@@ -53,11 +54,12 @@ OTHER_USES = re.compile(
 class Row:
     """What of a class cannot be learned. arguments: of its pipeline, by the configuration. single: arguments of the
     transformer that hold one equal item for each picture, of which its code reads the first. listed: whether the
-    pipeline takes embedded prompts as a list."""
+    pipeline takes embedded prompts as a list. flows: whether it is a rectified flow, whatever its scheduler's class."""
 
     arguments: Callable[[Config], Mapping[str, object]] = lambda config: {}
     single: tuple[str, ...] = ()
     listed: bool = False
+    flows: bool = False
 
 
 ROWS: Mapping[str, Row] = {
@@ -65,6 +67,7 @@ ROWS: Mapping[str, Row] = {
     "LatteTransformer3DModel": Row(
         lambda config: {"video_length": config.get("video_length", 16), "mask_feature": False}
     ),
+    "SanaTransformer2DModel": Row(flows=True),
     "QwenImageTransformer2DModel": Row(single=("img_shapes",)),
     "ZImageTransformer2DModel": Row(lambda config: {"guidance_scale": 0.0}, listed=True),  # guided above 0
 }
@@ -247,6 +250,12 @@ class Recorder:
         if isinstance(cells, int):
             return cells * self.pixels_per_cell, cells * self.pixels_per_cell
         raise ModelError(f"{self.pipeline_class.__name__} does not say what size it draws; no engine is built of it")
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt, where a caller names no other number."""
+        parameter = self.arguments.get("max_sequence_length")
+        return parameter.default if parameter is not None and isinstance(parameter.default, int) else USUAL_TOKENS
 
     def settings(self, drawing: Drawing) -> dict[str, object]:
         """Arguments of the pipeline for a drawing."""

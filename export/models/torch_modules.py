@@ -84,7 +84,8 @@ def linear_like(linear: nn.Linear, weight: torch.Tensor, kind: type[nn.Linear] =
 class MaskedAttention:
     """Attention processor: diffusers' default one with the mask broadcast over heads instead of repeated.
 
-    Repeating it fixes the batch size in an exported graph. hidden_states: [B, S, C]; attention_mask: [B, 1, L] bias.
+    Repeating it fixes the batch size in an exported graph. hidden_states: [B, S, C]; attention_mask: a bias
+    [B, 1, L], or what the attention itself takes, [B, 1, S, L].
     """
 
     def __call__(
@@ -100,7 +101,9 @@ class MaskedAttention:
             layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
         )
-        mask = None if attention_mask is None else attention_mask[:, None]
+        mask = attention_mask
+        if mask is not None and mask.ndim == 3:
+            mask = mask[:, None]
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 

@@ -134,7 +134,10 @@ def picture_case(model: Description, recipe: Recipe, count: int) -> Case:
     if not (model.folder / GENERATION_FILE).is_file():
         others = sample_inputs(model, count, seed + 1, sampling.height, sampling.width)
         both, prompts = (_conditioning(drawn), _conditioning(others)), ("random",) * count
-        sampler, scale = ("ddim", 1000.0) if model.family.recordings is None else model.family.recordings.sampler
+        recordings = model.family.recordings
+        sampler, scale = ("ddim", 1000.0) if recordings is None else recordings.sampler
+        if recordings is not None and recordings.is_told_guidance:
+            guidance = 1.0
         cells = model.cells(sampling.height, sampling.width)
         return Case(prompts, both, noise, sampler, scale, steps, guidance, "latents", model.shared, cells)
     stated = load_generation(model.folder)

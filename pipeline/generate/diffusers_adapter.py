@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from export.errors import ContractError, RecipeError
 from export.models.config import FILE as CONFIG
 from export.models.description import GENERATION_FILE, pixels_per_cell
-from export.models.families import FAMILIES, RECORDED, Config, Family, Input
+from export.models.families import FAMILIES, MOST_TOKENS, RECORDED, Config, Family, Input
 from pipeline.backends.base import Engine
 from pipeline.generate.diffusers_refusals import SAVED, TRAINED, lacking, refuse_methods
 
 if TYPE_CHECKING:
+    from export.models.recorded import Call
     from pipeline.bundle.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -217,8 +218,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         """Raise RecipeError for the first input that does not fit the engine or the other inputs."""
         hidden = inputs["hidden_states"]
         if self.call is not None:
-            for row in self.rows:
-                _refuse_shape(row, inputs[row.name], {"batch": len(hidden), **self.call.sizes})
+            self._refuse_other_sizes(inputs, self.call)
             return
         patch = self.own_config["patch_size"]
         if self.size is not None and hidden.ndim == 4:
@@ -229,6 +229,17 @@ class EngineTransformer(ModelMixin, ConfigMixin):
             sizes = {"batch": len(hidden), "patches": (height // patch) * (width // patch)}
         for row in self.rows:
             _refuse_shape(row, inputs[row.name], sizes)
+
+    def _refuse_other_sizes(self, inputs: Mapping[str, torch.Tensor], call: Call) -> None:
+        """As `_refuse_shapes`, where the inputs are learned from a pipeline."""
+        hidden = inputs["hidden_states"]
+        if self.size is not None and {"height", "width"} <= call.sizes.keys() and hidden.ndim > 3:
+            self.size.refuse((hidden.shape[-2], hidden.shape[-1]), self.family)
+        sizes = {"batch": len(hidden), **call.sizes}
+        for row in self.rows:
+            _refuse_shape(row, inputs[row.name], sizes)
+        if sizes.get("tokens", 0) > MOST_TOKENS:
+            raise RecipeError(f"a prompt of {sizes['tokens']} tokens; an engine takes {MOST_TOKENS}, shorten it")
 
     def cache_context(self, name: str, **facts: object) -> AbstractContextManager[None]:
         """As torch's: by it pipelines say which call is which to caches of activations, of which an engine has none."""

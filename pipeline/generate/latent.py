@@ -9,7 +9,7 @@ import numpy as np
 
 from export.errors import EnvironmentLacksError, RecipeError
 from export.models.config import OLDER_CLASS
-from export.models.families import FAMILIES
+from export.models.families import FAMILIES, Config
 from pipeline import machine
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
 from pipeline.generate.pipeline_folder import INDEX, drawing, open_pipeline, pipeline_arguments, read_index
@@ -25,7 +25,7 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None,
     machine.require(("torch", "diffusers", "transformers"), "drawing with a latent model", "build")
     root = find_pipeline(source or str(bundle.manifest["model"]["source"]))  # refuse before the slow imports
     family = str(bundle.manifest["model"]["family"])
-    _refuse_other_class(root, family)
+    _refuse_other_class(root, family, bundle.config())
     import torch
 
     transformer = bundle.as_diffusers(target)
@@ -47,16 +47,16 @@ def draw_latent(bundle: Bundle, request: DrawRequest, source: str | None = None,
     return np.concatenate(drawn)
 
 
-def _refuse_other_class(root: str, family: str) -> None:
+def _refuse_other_class(root: str, family: str, config: Config) -> None:
     """Raise RecipeError if the pipeline's transformer is of another class than the engine's model.
 
     ModelError for an index that cannot be read.
     """
     row = read_index(Path(root) / INDEX).get("transformer")
-    known = FAMILIES.get(family)
+    known = FAMILIES[family].class_name if family in FAMILIES else str(config["_class_name"])
     class_name = row[1] if isinstance(row, list) and len(row) == 2 else None
-    if known and class_name not in (known.class_name, OLDER_CLASS):
-        rule = f"the engine is one of {known.class_name}"
+    if class_name not in (known, OLDER_CLASS):
+        rule = f"the engine is one of {known}"
         raise RecipeError(f"{root}: its transformer is {class_name or 'absent'}, {rule}; give the pipeline it is from")
 
 

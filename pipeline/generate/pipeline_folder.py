@@ -6,11 +6,12 @@ random conditioning. The text encoder is loaded in float32, so that latents are 
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING
@@ -187,7 +188,9 @@ def pipeline_arguments(pipeline: DiffusionPipeline, sampling: Sampling, prompts:
     names = getattr(pipeline, "labels", None)
     if names is None:
         stated = {key: value for key, value in (("height", sampling.height), ("width", sampling.width)) if value}
-        return {"prompt": list(prompts), "use_resolution_binning": False, **stated}
+        known = inspect.signature(type(pipeline).__call__).parameters
+        plain = {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
+        return {"prompt": list(prompts), **plain, **stated}
     for prompt in prompts:
         if not prompt.isdecimal() and prompt not in names:
             shown = ", ".join(list(names)[:8])
@@ -197,15 +200,24 @@ def pipeline_arguments(pipeline: DiffusionPipeline, sampling: Sampling, prompts:
 
 @dataclass
 class _Recorder:
-    """An engine that shows every call's inputs before it computes."""
+    """An engine that shows each step's inputs before it computes: of a pipeline that calls it with prompts and again
+    without, those of both as one. shared: names of inputs without a batch axis."""
 
     engine: Engine
     keep: Keep
-    calls: int = 0
+    shared: frozenset[str]
+    step: int = -1
+    shown: Arrays = field(default_factory=dict)
 
     def run(self, inputs: Arrays) -> Arrays:
-        self.keep(self.calls, inputs)
-        self.calls += 1
+        again = bool(self.shown) and self.shown["timestep"][0] == inputs["timestep"][0]
+        self.step += not again
+        before = self.shown if again else {}
+        self.shown = {
+            key: np.concatenate([before[key], value]) if again and key not in self.shared else value
+            for key, value in inputs.items()
+        }
+        self.keep(self.step, self.shown)
         return self.engine.run(inputs)
 
     def close(self) -> None:
@@ -231,7 +243,7 @@ class PipelineSampler:
         """Sample `prompts` by the recipe's steps and guidance; `keep` gets (step, inputs of both halves)."""
         import torch
 
-        self.pipe.transformer.engine = _Recorder(self.engine, keep)
+        self.pipe.transformer.engine = _Recorder(self.engine, keep, self.model.shared)
         size = self.recipe.sampling
         settings = {"num_inference_steps": size.n_steps, "guidance_scale": size.guidance_scale}
         named = pipeline_arguments(self.pipe, size, prompts)

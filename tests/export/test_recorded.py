@@ -3,6 +3,7 @@ linears see every token, and what is refused. Nothing is built, and no weight is
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,57 @@ def test_a_class_that_is_not_there_or_has_no_pipeline_is_refused() -> None:
         recorded_family("GoneModel", {}, Path("config.json"))
     with pytest.raises(ModelError, match="no pipeline that draws with AutoencoderTiny alone"):
         pipeline_class("AutoencoderTiny")
+
+
+@pytest.mark.parametrize(
+    ("index", "vae", "words"),
+    [
+        (
+            {"_class_name": "WanImageToVideoPipeline"},
+            {},
+            "is of 'WanImageToVideoPipeline'; what is known .* WanPipeline's",
+        ),
+        ({"_class_name": "WanPipeline", "expand_timesteps": True}, {}, "expand_timesteps gives each token a timestep"),
+        (
+            {"_class_name": "WanPipeline", "expand_timesteps": False},
+            {"scale_factor_spatial": 16},
+            "16 pixels of a side of a cell, and WanPipeline takes 8",
+        ),
+    ],
+)
+def test_a_model_of_another_pipeline_is_refused(
+    index: dict[str, Any], vae: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    recorded_models.save("wan", tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(vae))
+    with pytest.raises(ModelError, match=words):
+        models.load(str(tmp_path / "transformer"))
+
+
+def test_a_model_in_its_own_pipeline_is_taken(tmp_path: Path) -> None:
+    recorded_models.save("wan", tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "expand_timesteps": False}))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"scale_factor_spatial": 8}))
+    assert models.load(str(tmp_path / "transformer")).pixels_per_cell == 8
+
+
+def test_guidance_that_is_an_input_leaves_no_half_without_a_prompt(recordings: dict[str, Recordings]) -> None:
+    assert recordings["flux"].is_told_guidance
+    assert not any(recordings[name].is_told_guidance for name in ("sd3", "sana", "wan", "latte", "cogview4"))
+    assert recordings["sana"].sampler == ("flow_euler", 1000.0) and recordings["latte"].sampler == ("ddim", 1000.0)
+    assert recordings["flux"].sampler == ("flow_euler", 1.0) and recordings["flux"].recorder.most_tokens == 512
+
+
+def test_a_part_of_a_timestep_reaches_a_model_that_its_pipeline_gives_whole_ones(tmp_path: Path) -> None:
+    model = recorded_models.saved("latte", tmp_path)
+    assert model.family.recordings is not None
+    inputs = {name: torch.from_numpy(value) for name, value in sample_inputs(model, 1, 0, 64, 64, tokens=3).items()}
+    inputs[TIMESTEP] += 0.5
+    given = model.family.recordings.call((8, 8)).arguments(inputs)
+    assert torch.equal(given["timestep"], inputs[TIMESTEP])
 
 
 def test_a_configuration_that_makes_no_model_is_refused() -> None:

@@ -128,15 +128,38 @@ def test_prompts_are_captions_or_numbers_of_classes(root: Path) -> None:
 
 
 def test_prompts_become_arguments_of_their_pipeline() -> None:
+    class Binning:
+        def __call__(self, prompt: list[str], use_resolution_binning: bool = True) -> None: ...
+
+    class Plain:
+        def __call__(self, prompt: list[str], height: int = 64) -> None: ...
+
     size = Sampling(height=64)
-    texts: Any = SimpleNamespace()
+    binning: Any = Binning()
+    plain: Any = Plain()
     classes: Any = SimpleNamespace(labels={"goldfish": 1})
-    assert pipeline_arguments(texts, size, ["a ring"]) == {
+    assert pipeline_arguments(binning, size, ["a ring"]) == {
         "prompt": ["a ring"], "use_resolution_binning": False, "height": 64
     }  # fmt: skip
+    assert pipeline_arguments(plain, size, ["a ring"]) == {"prompt": ["a ring"], "height": 64}
     assert pipeline_arguments(classes, size, ["7", "goldfish"]) == {"class_labels": [7, 1]}
     with pytest.raises(RecipeError, match="prompt 'shark' is not a class; use a number or a name such as goldfish"):
         pipeline_arguments(classes, size, ["shark"])
+
+
+def test_two_calls_of_a_step_are_kept_as_one() -> None:
+    class Echo:
+        def run(self, inputs: Any) -> Any:
+            return inputs
+
+        def close(self) -> None: ...
+
+    kept: dict[int, Any] = {}
+    recorder = pipeline_folder._Recorder(Echo(), kept.__setitem__, frozenset({"table"}))
+    for time in (9.0, 9.0, 4.0):  # with the prompt, without it; the next step has one call
+        recorder.run({"timestep": np.full(2, time), "latents": np.full((2, 3), time), "table": np.ones(4)})
+    assert {step: len(call["latents"]) for step, call in kept.items()} == {0: 4, 1: 2}
+    assert all(len(call["table"]) == 4 for call in kept.values()) and kept[1]["timestep"].tolist() == [4.0, 4.0]
 
 
 def test_errors_while_drawing_name_the_folder(root: Path) -> None:

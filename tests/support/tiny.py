@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.families import models as families
 from export.checkpoint import QuantizedLinear
 from export.formats.format import encode, fold_negative_zero, get_format
 from tests.support.portable import make_linear
@@ -49,19 +50,7 @@ DIT = COMMON | dict(
     num_embeds_ada_norm=10,
     norm_elementwise_affine=False,
 )
-SD3 = dict(
-    sample_size=8,
-    patch_size=2,
-    in_channels=4,
-    num_layers=LAYERS,
-    attention_head_dim=HEAD_DIM,
-    num_attention_heads=HEADS,
-    joint_attention_dim=32,
-    caption_projection_dim=WIDTH,
-    pooled_projection_dim=16,
-    out_channels=4,
-    pos_embed_max_size=8,
-)
+SD3 = dict(families.SD3)
 # Size conditions take a third of the width each.
 SIZES = PIXART | dict(attention_head_dim=48, cross_attention_dim=96, use_additional_conditions=True)
 # name -> (diffusers class, configuration). "unknown" has no row in the table of families.
