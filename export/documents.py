@@ -290,10 +290,15 @@ def validated(document: object, source: str, schema: type[T], rules: Rules = Rul
     return _validated(json.dumps(document, default=str), source, schema, rules)
 
 
+# Of a value that may be of several kinds pydantic names the kind behind the key.
+KIND = re.compile(r"constrained-\w+|\w+\[.+\]")
+
+
 def _first_fault(error: ValidationError) -> str:
     """The first difference between a document and its schema, in words."""
     row = error.errors(include_url=False, include_context=False)[0]
-    key = ".".join(map(str, row["loc"])) or "the document"
+    places = (str(place) for place in row["loc"])
+    key = ".".join(place for place in places if not KIND.fullmatch(place)) or "the document"
     if row["type"] == "missing":
         return f"{key!r} is missing"
     if row["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a TypedDict, and of a dataclass

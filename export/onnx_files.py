@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -66,7 +68,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def load_model(path: Path) -> ir.Model:
-    """The model in `path`, checked as `read_graph` does; its tensors are mapped from `path`.data where they are used.
+    """The model in `path`, checked as `read_graph` does; its tensors are read from `path`.data where they are used.
 
     In the hub's cache that file is a link to a blob, and onnx_ir reads no link that leaves the folder. The tensors are
     then taken from where it ends, which is for the one who opens a bundle to judge
@@ -76,25 +78,54 @@ def load_model(path: Path) -> ir.Model:
     with reading(path):
         model = ir.load(path)
         data = path.with_name(f"{path.name}.data")
-        blob = data.resolve()
-        for graph in model.graphs() if data.is_symlink() else ():
+        bytes_of = {data.name: _mapped(data.resolve())} if data.is_file() else {}
+        for graph in model.graphs():
             for value in graph.initializers.values():
-                if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == data.name:
-                    value.const_value = _moved(value.const_value, blob)
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor) and tensor.location in bytes_of:
+                    value.const_value = MappedTensor(tensor, data.resolve(), bytes_of[tensor.location])
     return model
 
 
-def _moved(tensor: ir.ExternalTensor, file: Path) -> ir.ExternalTensor:
-    """The same bytes of another file."""
-    return ir.ExternalTensor(
-        file.name,
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=tensor.shape,
-        name=tensor.name,
-        base_dir=file.parent,
-    )
+def _mapped(file: Path) -> np.ndarray:
+    """The bytes of a file, read where they are used; an empty file cannot be mapped."""
+    return np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+
+
+class MappedTensor(ir.ExternalTensor):
+    """A tensor of a file that is mapped once for all of its tensors.
+
+    onnx_ir maps the file anew for every tensor, and every mapping of Python's holds a file descriptor: a model of a
+    thousand tensors would ask for more than a process may have (1,024 on Linux by default, 256 on macOS).
+
+    file: where the bytes are. data: all bytes of that file.
+    """
+
+    def __init__(self, tensor: ir.ExternalTensor, file: Path, data: np.ndarray) -> None:
+        super().__init__(
+            file.name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=file.parent,
+        )
+        start = tensor.offset or 0
+        self.stored = data[start : start + tensor.nbytes]
+
+    def numpy(self) -> np.ndarray:
+        """Its values; those of types below one byte are unpacked at every call."""
+        shape = self.shape.numpy()
+        if self.dtype.bitwidth < 8:
+            return ir.PackedTensor(self.stored, self.dtype, shape=shape).numpy()
+        return self.stored.view(self.dtype.numpy()).reshape(shape)
+
+    def __array__(self, dtype: Any = None) -> np.ndarray:
+        return self.numpy().__array__(dtype)
+
+    def tobytes(self) -> bytes:
+        return self.stored.tobytes()
 
 
 def check_tensors(model: onnx.ModelProto, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-import select
+import selectors
 import shutil
 import subprocess
 import tempfile
@@ -57,8 +57,10 @@ class Tab:
 
     def _read(self) -> Any:
         while b"\0" not in self.buffer:
-            if not select.select([self.answers], [], [], WAITED_S)[0]:
-                raise PageError(f"the browser says nothing for {WAITED_S:g} s; {self.complaints}")
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.answers, selectors.EVENT_READ)
+                if not selector.select(WAITED_S):
+                    raise PageError(f"the browser says nothing for {WAITED_S:g} s; {self.complaints}")
             if not (part := os.read(self.answers, 1 << 20)):
                 raise PageError(f"the browser has ended; {self.complaints}")
             self.buffer += part

@@ -63,8 +63,13 @@ class Input:
     least_side: int | None = None
 
     def __post_init__(self) -> None:
-        if self.fill.partition(":")[0] not in FILLS:
+        if self.fill_kind not in FILLS:
             raise ValueError(f"{self.name}: fill {self.fill!r}; use one of {FILLS}")
+
+    @property
+    def fill_kind(self) -> str:
+        """The fill without its number."""
+        return self.fill.partition(":")[0]
 
     @property
     def batched(self) -> bool:

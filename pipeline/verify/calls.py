@@ -161,7 +161,7 @@ def _pictures(spec: PoolSpec, model: LoadedModel, case: Case, times: Sequence[fl
     top = make_sampler(case.sampler, TRAIN_STEPS, case.timestep_scale).timesteps.max()
     for row in model.inputs:
         value = inputs[row.name]
-        if row.fill.partition(":")[0] == "timestep":
+        if row.fill_kind == "timestep":
             value = np.minimum(np.array(times) * (case.timestep_scale / 1000), top)
         elif row.fill == "mask":
             value = _masks(value.shape, spec.first_mask)
@@ -404,12 +404,8 @@ def _nearly_the_same(model: LoadedModel, inputs: Arrays) -> Arrays:
     moved = {}
     for row in model.inputs:
         latents = row.name == "hidden_states"
-        if (
-            row.batched
-            and row.fill.partition(":")[0] not in ("timestep", "mask")
-            and row.dtype.startswith("float")
-            and not latents
-        ):
+        moves = row.fill_kind not in ("timestep", "mask") and row.dtype.startswith("float")
+        if row.batched and moves and not latents:
             moved[row.name] = inputs[row.name].copy()
             moved[row.name][-1] *= np.float32(1 + LITTLE)
     return moved

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -176,11 +177,22 @@ class Stopped(Exception):
     pass
 
 
+@contextmanager
+def one_thread():
+    """Sums are added up in the order of one thread, whatever another test has left."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def work_dir(tmp_path_factory):
     """A working folder whose run was trained to the end at once."""
     folder = tmp_path_factory.mktemp("scenes")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setattr(train, "LATENTS_IN_FILE", 4)
         patch.setattr(text, "SCENES", 300)
         patch.setattr(text, "EVERYDAY", 1)
@@ -188,6 +200,7 @@ def work_dir(tmp_path_factory):
     return folder
 
 
+@one_thread()
 def test_a_stopped_run_goes_on_to_the_same_weights(work_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LATENTS_IN_FILE", 4)
     shutil.copytree(work_dir / "tokenizer", tmp_path / "tokenizer")

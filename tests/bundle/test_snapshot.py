@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from export.cache_folder import cache_folder
 from export.errors import ContractError, ResourceError
+from export.models.families import FAMILIES
 from pipeline import load
 from pipeline.backends import BACKENDS
 from pipeline.backends.cpu.engine import CpuEngine
@@ -157,10 +158,10 @@ def test_the_size_that_a_drop_in_draws_comes_from_the_verified_file(folder: Path
     (folder / "manifest.json").unlink()
     manifest.write(manifest.compose(facts(folder), folder), folder)
     bundle, config = load(folder), {"sample_size": 32, "in_channels": 4}
-    assert DrawnSize.of_bundle(bundle, config).pixels == (32, 32)
+    assert DrawnSize.of_bundle(bundle, FAMILIES["pixart"], config).pixels == (32, 32)
     (folder / "generation.json").write_text('{"output": "latent"}')
     with pytest.raises(ContractError, match=r"generation\.json differs from the manifest"):
-        DrawnSize.of_bundle(bundle, config)
+        DrawnSize.of_bundle(bundle, FAMILIES["pixart"], config)
 
 
 def test_a_file_swapped_while_the_engine_loads_cannot_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

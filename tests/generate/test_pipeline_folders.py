@@ -42,13 +42,20 @@ def test_an_index_that_is_none(content: bytes, folder: Path) -> None:
     (folder / "model_index.json").write_bytes(content)
     words = INDICES[content].replace("[", r"\[").replace("]", r"\]")
     with pytest.raises(ModelError, match=rf"model_index\.json.* {words}"):
-        _refuse_other_class(str(folder), "dit")
+        _refuse_other_class(str(folder), "dit", {})
 
 
 def test_a_transformer_of_no_class(folder: Path) -> None:
     (folder / "model_index.json").write_text('{"transformer": ["diffusers", 3]}')
     with pytest.raises(RecipeError, match="its transformer is 3"):
-        _refuse_other_class(str(folder), "dit")
+        _refuse_other_class(str(folder), "dit", {})
+
+
+def test_an_engine_without_a_row_is_told_by_its_class(folder: Path) -> None:
+    (folder / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    _refuse_other_class(str(folder), "recorded", {"_class_name": "FluxTransformer2DModel"})
+    with pytest.raises(RecipeError, match="its transformer is FluxTransformer2DModel, the engine is one of SD3Transf"):
+        _refuse_other_class(str(folder), "recorded", {"_class_name": "SD3Transformer2DModel"})
 
 
 def cut(path: Path) -> None:
