@@ -1,9 +1,9 @@
 """Train the pipeline from nothing and publish it: `python -m benchmarks.zoo.pixart_scenes --work-dir work/scenes`.
 
-Four stages: the reader that judges pictures, the autoencoder, its latents of 40,000 scenes, and text encoder and
-denoiser together. Stopped anywhere, the same command with --resume goes on where the last state was written (every
-three minutes), to the very weights of a run that was never stopped, with as many threads. `progress.jsonl` and
-`sheets/` in the working folder tell how far it is. `--publish` writes the pipeline as it is, trained to the end or not.
+Five stages: the reader that judges pictures, the autoencoder, its latents of 40,000 scenes, the text encoder, and the
+denoiser. Stopped anywhere, the same command with --resume goes on where the last state was written (every three
+minutes), to the very weights of a run that was never stopped, with as many threads. `progress.jsonl` and `sheets/` in
+the working folder tell how far it is. `--publish` writes the pipeline as it is, trained to the end or not.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, PixArtAlphaPipeline
 from transformers import T5Tokenizer
 
-from benchmarks.zoo.pixart_scenes import board, parts, reader
+from benchmarks.zoo.pixart_scenes import board, caption_reader, parts, reader
 from benchmarks.zoo.pixart_scenes.captions import captions
 from benchmarks.zoo.pixart_scenes.train import Look, Plan, new_denoiser, tokenizer_of, trained
 
@@ -79,11 +79,15 @@ def _note(
     work_dir: Path, stage: str, step: int, labels: torch.Tensor, judge: torch.nn.Module, drawn: torch.Tensor
 ) -> None:
     """A line of progress.jsonl, and a sheet."""
-    row = {"stage": stage, "step": step, **reader.accuracy(labels, judge.read(drawn))}
-    with (work_dir / "progress.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    _log(work_dir, stage, step, reader.accuracy(labels, judge.read(drawn)))
     save_sheet(drawn, work_dir / "sheets" / f"{stage}_{step:06}.png")
-    logger.info("%s: step %d, %s", stage, step, ", ".join(f"{key} {row[key]:.0%}" for key in (*reader.SLOTS, "mean")))
+
+
+def _log(work_dir: Path, stage: str, step: int, shares: dict[str, float]) -> None:
+    """A line of progress.jsonl: what is right."""
+    with (work_dir / "progress.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"stage": stage, "step": step, **shares}) + "\n")
+    logger.info("%s: step %d, %s", stage, step, ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 
 def looks_of(plan: Plan, work_dir: Path, seed: int) -> dict[str, Look]:
@@ -103,6 +107,10 @@ def looks_of(plan: Plan, work_dir: Path, seed: int) -> dict[str, Look]:
         decoded = vae.decode(vae.encode(drawn).latent_dist.mean).sample
         _note(work_dir, plan.autoencoder.name, step, labels, judge(), decoded)
 
+    def text_encoder_look(module: torch.nn.Module, step: int) -> None:
+        shares = caption_reader.accuracy(module, tokenizer_of(work_dir, seed), plan.looks, seed)
+        _log(work_dir, plan.text_encoder.name, step, shares)
+
     def denoiser_look(models: torch.nn.Module, step: int) -> None:
         vae = trained(plan.autoencoder, parts.autoencoder(), work_dir)
         factor = json.loads((work_dir / "scaling_factor.json").read_text(encoding="utf-8"))
@@ -113,5 +121,6 @@ def looks_of(plan: Plan, work_dir: Path, seed: int) -> dict[str, Look]:
     return {
         plan.reader.name: reader_look,
         plan.autoencoder.name: autoencoder_look,
+        plan.text_encoder.name: text_encoder_look,
         plan.denoiser.name: denoiser_look,
     }

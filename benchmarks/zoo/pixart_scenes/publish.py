@@ -44,7 +44,7 @@ def size_bytes(folder: Path) -> int:
 
 def _facts(plan: Plan, work_dir: Path, pipeline: PixArtAlphaPipeline) -> Json:
     rows = {}
-    for settings in (plan.reader, plan.autoencoder, plan.denoiser):
+    for settings in (plan.reader, plan.autoencoder, plan.text_encoder, plan.denoiser):
         state = read_state(settings.path(work_dir))
         rows[settings.name] = {key: state[key] for key in ("step", "cpu_hours", "loss", "seed")} | {
             "planned_steps": settings.steps, "batch_size": settings.batch_size, "peak_lr": settings.peak_lr
@@ -129,9 +129,10 @@ diffusers has to be told, as above.
   scene in nine is held out and never trained on.
 - **Captions**: {example!r} and the like: one to three items in an arrangement, each {counts} equal things;
   {sizes}; {colours}; {kinds}; on {grounds}.
-- **Training**: the autoencoder by pixels' errors and {kl} of the KL divergence; text encoder and denoiser together, a
-  rectified flow (x_t = (1 - t) data + t noise, target noise - data, timestep 1000 t) on latents of {latents} scenes,
-  captions dropped with probability {drop}. AdamW, float32; averaged weights ({ema}); seed {seed}.
+- **Training**: the autoencoder by pixels' errors and {kl} of the KL divergence; the text encoder by telling, of each
+  square of the picture, what stands there; the denoiser, with that text encoder, as a rectified flow (x_t = (1 - t)
+  data + t noise, target noise - data, timestep 1000 t) on latents of {latents} scenes, captions dropped with
+  probability {drop}. AdamW, float32; averaged weights ({ema}); seed {seed}.
 
 {stages}
 

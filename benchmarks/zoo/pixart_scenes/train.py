@@ -1,4 +1,4 @@
-"""What each stage learns from: the autoencoder from drawn scenes, the text encoder and the denoiser together from
+"""What each stage learns from: the autoencoder from drawn scenes, the text encoder from captions, the denoiser from
 latents of scenes and captions. All is made in `work_dir`, and what is there is not made again.
 
 The denoiser is a rectified flow: x = (1 - t) data + t noise, target noise - data, timestep 1000 t. No scene of the
@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import avg_pool2d
 from transformers import T5Tokenizer
 
-from benchmarks.zoo.pixart_scenes import board, parts, reader
+from benchmarks.zoo.pixart_scenes import board, caption_reader, parts, reader
 from benchmarks.zoo.pixart_scenes.captions import captions
 from benchmarks.zoo.pixart_scenes.stage import Stage, is_done, read_state, run
 from benchmarks.zoo.pixart_scenes.text import load_tokenizer, train_tokenizer
@@ -40,6 +40,7 @@ class Plan:
 
     reader: Stage
     autoencoder: Stage
+    text_encoder: Stage
     denoiser: Stage
     latents: int
     looks: int = 100
@@ -49,7 +50,8 @@ class Plan:
 
 PLAN = Plan(
     reader=Stage("reader", 3000, 64, 2e-3),
-    autoencoder=Stage("autoencoder", 2000, 16, 1e-3, every=500),
+    autoencoder=Stage("autoencoder", 3500, 16, 1e-3, every=500),
+    text_encoder=Stage("text_encoder", 1000, 128, 1e-3, every=250),
     denoiser=Stage("denoiser", 6000, 32, 6e-4, every=1000),
     latents=40_000,
 )
@@ -69,7 +71,7 @@ def tokenizer_of(work_dir: Path, seed: int) -> T5Tokenizer:
 
 
 def new_denoiser(vocabulary: int) -> torch.nn.ModuleDict:
-    """The parts that are trained together."""
+    """The denoiser and what tells it of captions."""
     return torch.nn.ModuleDict({"text_encoder": parts.text_encoder(vocabulary), "transformer": parts.denoiser()})
 
 
@@ -191,9 +193,16 @@ def train(plan: Plan, work_dir: Path, seed: int, looks: dict[str, Look]) -> None
     data = latents_of(work_dir, vae, plan.latents, seed)
     write_json(work_dir / "scaling_factor.json", data.scaling_factor)
     torch.manual_seed(seed)
-    batch_size = plan.denoiser.batch_size
+    told, batch_size = caption_reader.CaptionReader(len(tokenizer)), plan.text_encoder.batch_size
+    stage(plan.text_encoder, told, lambda module, batch: caption_reader.loss_at(module, tokenizer, batch_size, batch))
+    trained(plan.text_encoder, told, work_dir)
+    torch.manual_seed(seed)
+    models = new_denoiser(len(tokenizer))
+    models["text_encoder"].load_state_dict(told.text_encoder.state_dict())
+    # As in larger pipelines it stays as it is: trained on, it forgets within a thousand steps what belongs to what.
+    models["text_encoder"].requires_grad_(False)
     stage(
         plan.denoiser,
-        new_denoiser(len(tokenizer)),
-        lambda models, batch: denoiser_loss(models, tokenizer, data, batch_size, batch),
+        models,
+        lambda models, batch: denoiser_loss(models, tokenizer, data, plan.denoiser.batch_size, batch),
     )
