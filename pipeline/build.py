@@ -160,28 +160,28 @@ def dry_run_parts(request: BuildRequest, component: str | None, answer: Answer) 
     """As `dry_run`, for every part of a pipeline that would be built."""
     for part in chosen_parts(request, read_folder(request.recipe), component):
         answer.line(f"{part.name}:")
-        dry_run(part_request(request, part), answer)
+        dry_run(part_request(request, part), answer, request.output / part.name)
     return 0
 
 
-def dry_run(request: BuildRequest, answer: Answer) -> int:
-    """All checks that need no work, and the plan: the recipe with what "auto" means for this model and machine."""
+def dry_run(request: BuildRequest, answer: Answer, output: Path | None = None) -> int:
+    """All checks that need no work, and the plan: the recipe with what "auto" means for this model and machine. output:
+    where the bundle would be in the end; None: where the request writes it."""
+    output = request.output if output is None else output
     prepared = prepare(replace(request, listener=lambda event: None))  # a plan is all that is answered
     recipe, model = prepared.recipe, prepared.model
     linears, kept = len(model.linears()), len(model.kept())
     plan = {
         "recipe": recipe.document(),
         "targets": request.targets,
-        "output": str(request.output),
+        "output": str(output),
         "family": model.family.name,
         "quantized": linears,
         "kept": kept,
         "tensors": tensor_counts(model),
     }
     text = f"{linears} linears to quantize, {kept} kept, targets {', '.join(request.targets)}; nothing was written"
-    answer.document(
-        {"event": "plan", **plan}, json.dumps(plan["recipe"], indent=1) + f"\n{text}\nDRY RUN {request.output}"
-    )
+    answer.document({"event": "plan", **plan}, json.dumps(plan["recipe"], indent=1) + f"\n{text}\nDRY RUN {output}")
     return 0
 
 

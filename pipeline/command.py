@@ -232,12 +232,12 @@ def _judge(error: BaseException, text: str) -> tuple[int, str]:
     if isinstance(error, UserError):
         return error.exit_code, text
     if is_out_of_memory(error):
-        remedy = "close other programs, or use a smaller --batch-size, --height and --width"
+        remedy = "close other programs, or ask for less at a time: fewer or smaller pictures, a smaller batch"
         return ResourceError.exit_code, f"memory ran out ({text or type(error).__name__}); {remedy}"
     if isinstance(error, AnswerError) and error.errno == errno.EPIPE:
         return READER_LEFT, "whoever read the answers left, before they were complete"
     if is_out_of_disk(error):
-        return ResourceError.exit_code, f"the disk is full ({text}); free some space or choose another --output-dir"
+        return ResourceError.exit_code, f"the disk is full ({text}); free some space, or write to another place"
     if isinstance(error, AnswerError):
         return RecipeError.exit_code, f"stdout cannot be written ({error.strerror}); let it lead elsewhere"
     if isinstance(error, OSError):

@@ -14,15 +14,16 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from export.documents import sha256
+from export.documents import sha256, shown
 from export.errors import ContractError, ParityError, RecipeError
 from pipeline import machine
+from pipeline import recipe as recipes
 from pipeline.backends import PORTABLE, tool_versions
 from pipeline.bundle import manifest, pipeline_bundle
 from pipeline.bundle.bundle import load_bundle
 from pipeline.bundle.contents import PIPELINE_VERSION
 from pipeline.bundle.manifest_schema import File
-from pipeline.bundle.pipeline_bundle import Component, PipelineManifest, is_pipeline
+from pipeline.bundle.pipeline_bundle import Component, PipelineBundle, PipelineManifest, is_pipeline
 from pipeline.bundle.stages import WorkFolder, refuse_interrupted, timed
 from pipeline.compiler import BuildRequest, Prepared, compile_prepared, prepare, refuse_existing
 from pipeline.files import (
@@ -85,8 +86,36 @@ def chosen_parts(request: BuildRequest, folder: PipelineFolder, only: str | None
             f"--component {only}: {request.output} is no pipeline bundle to put it into; build the whole without "
             "--component first, or name that bundle by --output-dir"
         )
-    pipeline_bundle.load_pipeline(request.output)  # refuses a damaged one
-    return (folder.part(only),)
+    part = folder.part(only)
+    refuse_others_of_another(pipeline_bundle.load_pipeline(request.output), folder, only)
+    return (part,)
+
+
+def refuse_others_of_another(whole: PipelineBundle, folder: PipelineFolder, only: str) -> None:
+    """Raise RecipeError where a component that stays in the bundle was made by another recipe, or of another folder:
+    pipeline.json says one for all."""
+    made = read_folder(recipes.from_dict(whole.manifest["recipe"], str(whole.path / PIPELINE_FILE)))
+    for name in whole.components.keys() - {only}:
+        own, asked = (each.part(name).recipe.document() for each in (made, folder))
+        if differing := _first_difference(own, asked):
+            raise RecipeError(
+                f"--component {only}: {name} stays in {whole.path}, and was made with another {differing}; give the "
+                "folder and the flags of that build beside what is new, or build the whole with --force, which takes "
+                "over what is the same"
+            )
+
+
+def _first_difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """The key of a recipe, as `--set` has it, in which two differ, with both values; "" where they are equal."""
+    for key in sorted(one.keys() | other.keys()):
+        values = one.get(key), other.get(key)
+        if all(isinstance(value, Mapping) for value in values):
+            inner = _first_difference(*values)  # type: ignore[arg-type] # both are
+            if inner:
+                return f"{key}.{inner}"
+        elif values[0] != values[1]:
+            return f"{key} ({shown(values[0])}, not {shown(values[1])})"
+    return ""
 
 
 def refuse_early(request: BuildRequest, only: str | None) -> None:
@@ -172,7 +201,7 @@ def write_others(folder: PipelineFolder, bundle: Path) -> None:
     shutil.copyfile(folder.root / SCHEDULER / CONFIG_FILE, bundle / SCHEDULER / CONFIG_FILE)
     for name in (PROMPTS_FILE, GENERATION_FILE):
         remove(bundle / name)  # of an interrupted build, before the pipeline lost its own
-        if (folder.root / name).exists():
+        if os.path.lexists(folder.root / name):
             shutil.copyfile(folder.root / name, bundle / name)
 
 

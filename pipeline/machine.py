@@ -215,11 +215,19 @@ def facts() -> Facts:
 
 
 def available_memory_bytes() -> int:
-    """Memory that new work can take without swapping, within the container's limit."""
+    """Memory that new work can take without swapping, within the limits of the container and of the process."""
     import psutil
 
-    here, allowed = int(psutil.virtual_memory().available), container_memory_bytes()
-    return here if allowed is None else min(here, allowed)
+    limits = (container_memory_bytes(), _address_space_left())
+    return min([int(psutil.virtual_memory().available), *(limit for limit in limits if limit is not None)])
+
+
+def _address_space_left() -> int | None:
+    """What the process may yet map (`ulimit -v`); None without a limit."""
+    import psutil
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - int(psutil.Process().memory_info().vms))
 
 
 def container_memory_bytes() -> int | None:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from export.documents import shown
 from export.errors import ModelError, RecipeError
+from export.models.description import GENERATION_FILE
 from export.models.sources import find
 from pipeline.generate.convert_tokenizer import CLASSES as TOKENIZERS
 from pipeline.generate.convert_tokenizer import refuse_tokenizer
 from pipeline.generate.example_prompts import own_prompts
 from pipeline.generate.own_settings import own_settings
-from pipeline.generate.pipeline_classes import DECODER, ENCODER, TRANSFORMER, find_pipeline_class
+from pipeline.generate.pipeline_classes import DECODER, ENCODER, TRANSFORMER, PipelineClass, find_pipeline_class
 from pipeline.generate.pipeline_folder import INDEX, REMEDY, listed_parts, read_index
+from pipeline.generate.schedulers.base import SchedulerOptions
 from pipeline.generate.schedulers.config import CONFIG_FILE, read_scheduler_config
 from pipeline.recipe import Recipe, component_recipe
 
@@ -122,7 +124,8 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
         else:
             known = ", ".join((*TEXT_ENCODERS, *AUTOENCODERS, *TOKENIZERS))
             raise ModelError(f"{root}: part {name} is of class {class_name}, which cannot be built; known are {known}")
-    own_prompts(root), own_settings(root)  # refuse files that cannot be used
+    own_prompts(root)  # refuses a file that cannot be used
+    refuse_steps(root, row)
     pipeline = PipelineFolder(root, revision, index, tuple(parts), tuple(added), tokenizers, left_out)
     if missing := [name for name in row.components if name not in {part.name for part in parts}]:
         raise ModelError(f"{root / INDEX}: {row.name} draws with {missing[0]}, of which it lists no part; {REMEDY}")
@@ -131,6 +134,21 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
             raise RecipeError(f"{recipe.name}: components.{name} is the recipe itself; put its keys outside of a table")
         pipeline.part(name)
     return pipeline
+
+
+def refuse_steps(root: Path, row: PipelineClass) -> None:
+    """Raise ModelError where the scheduler does not have the steps that the pipeline is drawn with by default."""
+    stated = own_settings(root).n_steps
+    n_steps, scheduler = row.n_steps if stated is None else stated, root / SCHEDULER / CONFIG_FILE
+    if not scheduler.is_file():
+        return  # another's to say
+    try:
+        read_scheduler_config(scheduler).scheduler(SchedulerOptions(n_steps))
+    except RecipeError as error:
+        source = f"the default of {row.name}" if stated is None else "n_steps there"
+        raise ModelError(
+            f"{scheduler} does not make {n_steps} steps ({error}), {source}; state others in {root / GENERATION_FILE}"
+        ) from error
 
 
 def _class_of(index: Mapping[str, object], name: str, root: Path) -> str:

@@ -140,10 +140,11 @@ class Pipeline:
         cannot draw, and ContractError where it is broken.
         """
         self._refuse(height, width, output_type, unknown)
-        prompts = _prompts(prompt, class_labels)
-        negative = (
-            (negative_prompt,) * len(prompts) if isinstance(negative_prompt, str) else tuple(negative_prompt or ())
-        )
+        prompts = self._prompts(prompt, class_labels)
+        negative = () if negative_prompt is None else _texts("negative_prompt", negative_prompt)
+        negative = negative * len(prompts) if isinstance(negative_prompt, str) else negative
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise RecipeError(f"callback_on_step_end {shown(callback_on_step_end)} is no function")
         if strength is not None and image is None:
             raise RecipeError(f"strength {shown(strength)} without an image; it is of image-to-image alone")
         request = DrawRequest(
@@ -177,13 +178,28 @@ class Pipeline:
         if unknown:
             known = [name for name in Pipeline.__call__.__annotations__ if name not in ("unknown", "return")]
             raise RecipeError(f"argument {min(unknown)!r} is unknown to this pipeline; it takes {', '.join(known)}")
-        if (height or self.height, width or self.width) != (self.height, self.width):
-            asked = f"{height or self.height} x {width or self.width}"
+        asked = (self.height if height is None else height, self.width if width is None else width)
+        if asked != (self.height, self.width):
             raise RecipeError(
-                f"height x width {asked}; the engine draws {self.height} x {self.width}, build another for other sizes"
+                f"height x width {shown(asked[0])} x {shown(asked[1])}; the engine draws {self.height} x {self.width} "
+                "pixels: leave both away, or build another for other sizes"
             )
         if output_type not in ("pil", "np", "latent"):
             raise RecipeError(f"output_type {shown(output_type)}; use 'pil', 'np' or 'latent'")
+
+    def _prompts(self, prompt: object, class_labels: object) -> tuple[str, ...]:
+        """What is drawn, in words. Raises RecipeError unless it is said once, in the way of the model."""
+        if class_labels is None:
+            if prompt is None:
+                raise RecipeError("no prompt was given; give at least one")
+            return _texts("prompt", prompt)
+        if prompt is not None:
+            raise RecipeError("prompt and class_labels both say what to draw; give one of them")
+        if not self.model.of_classes:
+            raise RecipeError(f"class_labels {shown(class_labels)}: {self.name} draws from text; give a prompt")
+        if not isinstance(class_labels, list | tuple | np.ndarray):
+            raise RecipeError(f"class_labels {shown(class_labels)}; give a list of numbers")
+        return tuple(str(label) for label in class_labels)
 
     def input_images(self, image: object) -> tuple[FloatArray, ...]:
         """Pictures to begin with as a DrawRequest has them. Raises RecipeError for what this pipeline cannot take."""
@@ -263,23 +279,27 @@ def _draw(drawing: Drawing, on_step: Callback | None) -> None:
             _heed(drawing, on_step(drawing, drawing.steps_done - 1, timestep, {"latents": drawing.latents}))
 
 
-def _heed(drawing: Drawing, answer: Arrays | None) -> None:
+def _heed(drawing: Drawing, answer: object) -> None:
     """Go on as a callback answers. Raises RecipeError for what cannot be exchanged."""
-    for name, value in (answer or {}).items():
+    if answer is None:
+        return
+    if not isinstance(answer, Mapping):
+        raise RecipeError(f"the callback answers {shown(answer)}; it may give None, or a dictionary with latents")
+    for name, value in answer.items():
         if name != "latents":
             raise RecipeError(f"the callback answers {shown(name)}; it may exchange latents alone")
         drawing.replace(value)
 
 
-def _prompts(prompt: str | Sequence[str] | None, class_labels: Sequence[int] | None) -> tuple[str, ...]:
-    """What is drawn, in words. Raises RecipeError unless it is said once."""
-    if class_labels is not None:
-        if prompt is not None:
-            raise RecipeError("prompt and class_labels both say what to draw; give one of them")
-        return tuple(str(label) for label in class_labels)
-    if prompt is None:
-        raise RecipeError("no prompt was given; give at least one")
-    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+def _texts(name: str, texts: object) -> tuple[str, ...]:
+    """An argument that is a text, or a list of them. Raises RecipeError for what is neither."""
+    several = (texts,) if isinstance(texts, str) else texts
+    if not isinstance(several, list | tuple):
+        raise RecipeError(f"{name} {shown(texts)} is no text; give a sentence, or a list of them")
+    for text in several:
+        if not isinstance(text, str):
+            raise RecipeError(f"{name}: {shown(text)} is no text; give a sentence")
+    return tuple(several)
 
 
 def _noise(latents: object) -> tuple[FloatArray, ...]:
@@ -289,6 +309,8 @@ def _noise(latents: object) -> tuple[FloatArray, ...]:
     if not isinstance(latents, np.ndarray) or latents.ndim != 4 or latents.dtype.kind != "f":
         kind = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else type(latents).__name__
         raise RecipeError(f"latents of {kind}; give an array of floats [B, C, h, w]")
+    if not (np.abs(latents) <= np.finfo(np.float32).max).all():
+        raise RecipeError("latents with NaN, Inf or numbers beyond float32; give finite noise")
     return tuple(latents.astype(np.float32))
 
 

@@ -99,6 +99,22 @@ def test_a_component_is_replaced_and_the_others_stay(bundle: Path, folder: Path,
     assert {name for name in COMPONENTS if before[name] != after[name]} == {"text_encoder"}
 
 
+def test_no_component_of_another_recipe_or_folder_is_put_beside_others(
+    bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    before = load_pipeline(bundle).manifest
+    for of, flags, words in (
+        (folder, ("--set", "formats.weight=INT8"), "transformer stays in .*another formats.weight .'E2M1', not 'INT8'"),
+        (folder, ("--set", "components.vae_decoder.budgets.quant_sqnr_db=-9"), "vae_decoder stays in .*quant_sqnr_db"),
+        (other, (), "stays in .*another model "),
+    ):
+        assert build(of, bundle, "--component", "text_encoder", *flags) == 2
+        assert re.search(words, capsys.readouterr().out.splitlines()[-1])
+    assert load_pipeline(bundle).manifest == before
+
+
 def test_what_was_built_before_is_taken_over(
     bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

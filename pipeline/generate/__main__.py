@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -101,7 +102,12 @@ def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mappin
         information.add_itxt(key, str(value))
     image = as_image(sheet)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", pnginfo=information)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, format="PNG", pnginfo=information)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return image.size
 
 

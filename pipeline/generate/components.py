@@ -57,7 +57,9 @@ class Components:
         self._load, self.keep_loaded = engines, keep_loaded
         self._loaded: dict[str, Engine] = {}
         self._lock = threading.Lock()
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()
+        self._drawing: int | None = None  # the thread whose turn it is
+        self._depth = 0  # how often: a callback may draw with the pipeline that it is called by
         self._closed = False
 
     @property
@@ -91,17 +93,25 @@ class Components:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within, one request is drawn. Without `keep_loaded` others wait meanwhile, so that they do not take each
-        other's components away, and nothing is loaded at the end."""
+        """Within, one request is drawn. Without `keep_loaded` those of other threads wait meanwhile, so that they do
+        not take each other's components away, and nothing is loaded at the end."""
         if self.keep_loaded:
             yield
             return
+        own = threading.get_ident()
         with self._turn:
-            try:
-                yield
-            finally:
-                with self._lock:
-                    self._let_go()
+            self._turn.wait_for(lambda: self._drawing in (None, own))
+            self._drawing, self._depth = own, self._depth + 1
+        try:
+            yield
+        finally:  # in whichever thread: of a generator that is given up it may be another one
+            with self._turn:
+                self._depth -= 1
+                if self._depth == 0:
+                    with self._lock:
+                        self._let_go()
+                    self._drawing = None
+                    self._turn.notify_all()
 
     def close(self) -> None:
         """Let all go, when the calls that are running have ended."""

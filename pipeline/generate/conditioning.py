@@ -34,7 +34,9 @@ MOST_ELEMENTS = 2**24
 
 Index = Annotated[int, Ge(0), Le(2**31)]
 Words = Annotated[list[str], MinLen(1)]
-GuidanceScale = Annotated[float, Ge(-1e4), Le(1e4)]
+# Beyond what any model was drawn with; no product with a prediction overflows.
+MOST_GUIDANCE = 100.0
+GuidanceScale = Annotated[float, Ge(0), Le(MOST_GUIDANCE)]  # that a model may state as its own
 StepCount = Annotated[int, Ge(1), Le(1000)]
 Table = NDArray[np.float32]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from export.documents import shown
 from export.errors import ContractError, RecipeError
+from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.generate.sampling import FloatArray, Trajectory
 from pipeline.generate.schedulers.base import SeededNoise
 from pipeline.recipe import MOST_SEED, MOST_STEPS
@@ -69,6 +70,8 @@ class DrawRequest:
             asked = f"{len(self.prompts)} x {self.num_images}"
             raise RecipeError(f"{asked} pictures in one request; ask for at most {MOST_PICTURES} at a time")
         self._check_guidance()
+        if not _is_number(self.strength):
+            raise RecipeError(f"strength {shown(self.strength)} is not a number; give one such as 0.8")
         for prompt in (*self.prompts, *self.negative_prompts):
             if prompt is not None and not isinstance(prompt, str):
                 raise RecipeError(f"prompt {shown(prompt)} is no text; give a sentence")
@@ -88,8 +91,10 @@ class DrawRequest:
         scale = self.guidance_scale
         if scale is None:
             return
-        if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+        if not _is_number(scale):
             raise RecipeError(f"guidance scale {shown(scale)} is not a number; give one such as 4.5")
+        if not abs(scale) <= MOST_GUIDANCE:
+            raise RecipeError(f"guidance scale {scale:g}; it must be from {-MOST_GUIDANCE:g} to {MOST_GUIDANCE:g}")
         if scale == 1 and any(self.negative_prompts):
             raise RecipeError("a negative prompt has no effect at a guidance scale of 1; leave one of them away")
 
@@ -111,6 +116,10 @@ class DrawRequest:
             for row, (prompt, without, image) in enumerate(zip(self.prompts, negative, images, strict=True))
             for index in range(self.num_images)
         ]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_whole(what: str, value: object, least: int, most: int) -> None:
@@ -174,7 +183,9 @@ class Drawing:
         return self.trajectory.latents
 
     def step(self) -> None:
-        """The next step of every picture."""
+        """The next step of every picture. Raises RecipeError where none is left."""
+        if self.steps_done == self.n_steps:
+            raise RecipeError(f"all {self.n_steps} steps are done; no further one can be made")
         self._decoded = None
         self.trajectory.step()
 
@@ -184,6 +195,8 @@ class Drawing:
         if not isinstance(latents, np.ndarray) or (latents.shape, latents.dtype) != (mine.shape, mine.dtype):
             kind = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else type(latents).__name__
             raise RecipeError(f"latents of {kind}; the batch goes on with {mine.dtype} {mine.shape} alone")
+        if not np.isfinite(latents).all():
+            raise RecipeError("latents with NaN or Inf; the batch goes on with finite numbers alone")
         self._decoded = None
         self.trajectory.latents = latents
 
@@ -240,7 +253,8 @@ class PictureModel(Protocol):
     """What draws: a bundle of a pixel model, or of a whole pipeline. May be used from any number of threads.
 
     name: of the bundle. height, width: of a picture, the one size that it draws. channels: 1 or 3. n_steps,
-    guidance_scale: its own. examples: prompts that it knows. batches: how many are drawn before any is decoded.
+    guidance_scale: its own. examples: prompts that it knows. of_classes: prompts name classes, or are their numbers.
+    batches: how many are drawn before any is decoded.
     """
 
     name: str
@@ -250,6 +264,7 @@ class PictureModel(Protocol):
     n_steps: int
     guidance_scale: float
     examples: tuple[str, ...]
+    of_classes: bool
     batches: int
 
     def check(self, request: DrawRequest) -> None:

@@ -3,6 +3,7 @@ pictures."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -36,7 +37,7 @@ def own_prompts(folder: Path) -> tuple[str, ...]:
     """Of the pipeline in `folder`, in its file's order; captions of everyday pictures where it has no file. Raises
     ModelError for a file without a prompt."""
     path = folder / PROMPTS_FILE
-    return prompt_lines(path) if path.exists() else captions()
+    return prompt_lines(path) if os.path.lexists(path) else captions()
 
 
 def drawn_prompts(prompts: Sequence[str], count: int, seed: int) -> list[str]:

@@ -104,7 +104,7 @@ class LatentModel:
         except KeyError as error:
             raise ContractError(f"{source.name}: its configurations lack {error}; build the bundle again") from error
         self.shared = shared_names(self.inputs)
-        self.classes = class_names(source.index)
+        self.of_classes, self.classes = bool(row.classes), class_names(source.index)
         self.examples = tuple(list(self.classes)[:EXAMPLES]) or source.prompts[:EXAMPLES]
         self.tokenizers = {
             encoder.component: PromptTokenizer.load(source.tokenizers[encoder.tokenizer], encoder.tokens)

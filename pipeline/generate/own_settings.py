@@ -3,6 +3,7 @@ model_index.json, and in its bundle."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired
@@ -35,7 +36,7 @@ class OwnSettings:
 def own_settings(folder: Path) -> OwnSettings:
     """Of the pipeline in `folder`; none where it has no file. Raises ModelError for one that states anything else."""
     path = folder / GENERATION_FILE
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is no file that is not there
         return OwnSettings()
     stated = read_json(path, SettingsFile, RULES)
     return OwnSettings(stated.get("n_steps"), stated.get("guidance_scale"))

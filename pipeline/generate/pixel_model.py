@@ -37,6 +37,7 @@ class PixelModel:
             self.generation = generation.loaded()
         self.n_steps, self.guidance_scale = self.generation.n_steps, self.generation.guidance_scale
         self.examples = tuple(self.generation.conditioning.get("examples", ()))
+        self.of_classes = self.generation.conditioning["kind"] == "classes"
         self.channels, self.height, self.width = picture_shape(bundle)
         # Classes without a row of their own have no inputs without a batch axis.
         family = FAMILIES.get(bundle.manifest["model"]["family"])

@@ -29,6 +29,7 @@ from pipeline import machine
 from pipeline.bundle.bundle import Bundle
 from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.bundle.snapshot import read_verified
+from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.serve import images_request, metrics
 from pipeline.serve.border import Border
 from pipeline.serve.images_request import ApiError, Asked, ImagesRequest
@@ -147,9 +148,9 @@ def _model(service: Service) -> dict[str, Any]:
         "examples": pipeline.examples,
         "most": {
             "n": images_request.MOST_PICTURES,
-            "steps": images_request.MOST_STEPS,
+            "steps": images_request.most_steps(pipeline),
             "prompt": images_request.MOST_CHARACTERS,
-            "guidance": images_request.MOST_GUIDANCE,
+            "guidance": MOST_GUIDANCE,
         },
         "report": f"/{REPORT}" if has_report else None,
     }

@@ -12,15 +12,16 @@ from typing_extensions import TypedDict
 
 from export.documents import Rules, check_json, shown, validated
 from export.errors import RecipeError
+from pipeline import recipe
+from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.generate.draw import DrawRequest
 from pipeline.recipe import MOST_SEED
 from pipeline.text_to_image import Pipeline
 
 PATH = "/v1/images/generations"
 MOST_BODY_BYTES = 64 << 10
-# Of one request. OpenAI's own limits, but for steps.
+# Of one request. OpenAI's own limits, but for steps; a bundle whose own are more is drawn with those.
 MOST_PICTURES, MOST_CHARACTERS, MOST_STEPS = 10, 4000, 200
-MOST_GUIDANCE = 100.0
 SEEDS = 2**32  # that are drawn where a request names none
 RULES = Rules(RecipeError, "see /openapi.json", extra="forbid")
 
@@ -44,9 +45,14 @@ class ImagesRequest(TypedDict):
     moderation: NotRequired[Literal["auto", "low"] | None]
     user: NotRequired[Annotated[str, MaxLen(MOST_CHARACTERS)] | None]
     negative_prompt: NotRequired[Annotated[str, MaxLen(MOST_CHARACTERS)] | None]
-    steps: NotRequired[Annotated[int, Ge(1), Le(MOST_STEPS)] | None]
+    steps: NotRequired[Annotated[int, Ge(1), Le(recipe.MOST_STEPS)] | None]
     guidance: NotRequired[Annotated[float, Ge(0), Le(MOST_GUIDANCE)] | None]
     seed: NotRequired[Annotated[int, Ge(0), Le(MOST_SEED - 1)] | None]
+
+
+def most_steps(pipeline: Pipeline) -> int:
+    """That a client may ask for."""
+    return max(MOST_STEPS, pipeline.n_steps)
 
 
 class ApiError(Exception):
@@ -99,6 +105,8 @@ def read(body: bytes, pipeline: Pipeline) -> Asked:
         raise ApiError(400, f"size {shown(size)}; the engine draws {own}, ask for that or auto", param="size")
     steps, guidance, seed = fields.get("steps"), fields.get("guidance"), fields.get("seed")
     n_steps = pipeline.n_steps if steps is None else steps
+    if n_steps > most_steps(pipeline):
+        raise ApiError(400, f"steps {n_steps}; this server makes at most {most_steps(pipeline)}", param="steps")
     negative = fields.get("negative_prompt")
     request = DrawRequest(
         (fields["prompt"],),

@@ -15,7 +15,7 @@ from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.own_settings import OwnSettings, own_settings
 from pipeline.generate.pipeline_classes import PIPELINES, find_pipeline_class
 from pipeline.generate.schedulers.config import CONFIG_FILE
-from pipeline.parts import SCHEDULER, PipelineFolder
+from pipeline.parts import SCHEDULER, PipelineFolder, refuse_steps
 from pipeline.text_to_image import Pipeline
 from pipeline.web import pipeline_page
 from tests.support import numpy_pipeline
@@ -47,6 +47,7 @@ def test_a_pipeline_states_what_it_is_drawn_with(text: str | None, settings: Own
         ('{"n_steps": 0}', "n_steps is 0"),
         ('{"guidance_scale": NaN}', "NaN is not a number"),
         ('{"guidance_scale": "much"}', "guidance_scale is 'much'"),
+        ('{"guidance_scale": 500}', "guidance_scale is 500"),
         ("[2.0]", GENERATION_FILE),
     ],
 )
@@ -54,6 +55,26 @@ def test_what_it_cannot_state_is_refused_with_the_remedy(text: str, reason: str,
     (tmp_path / GENERATION_FILE).write_text(text)
     with pytest.raises(ModelError, match=f"{reason}.*; state n_steps, guidance_scale or both, or remove the file"):
         own_settings(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_no_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / GENERATION_FILE).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=GENERATION_FILE):
+        own_settings(tmp_path)
+
+
+@pytest.mark.parametrize("stated", [None, 30])
+def test_steps_that_the_scheduler_does_not_have_are_refused_before_work(stated: int | None, tmp_path: Path) -> None:
+    (tmp_path / SCHEDULER).mkdir()
+    config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 10, "clip_sample": False}
+    (tmp_path / SCHEDULER / CONFIG_FILE).write_text(json.dumps(config))
+    if stated is not None:
+        (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": stated}))
+    steps = stated or CLASS.n_steps
+    with pytest.raises(ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}"):
+        refuse_steps(tmp_path, CLASS)
+    (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": 10}))
+    refuse_steps(tmp_path, CLASS)
 
 
 @pytest.mark.parametrize(

@@ -135,11 +135,19 @@ def test_the_callback_may_exchange_latents(pipeline: Pipeline) -> None:
         ({"latents": np.zeros((2, 1, 8, 8), np.float32)}, "latents of float32 (2, 1, 8, 8); the batch"),
         ({"latents": None}, "latents of NoneType; the batch"),
         ({"prompt_embeds": np.zeros(1)}, "the callback answers 'prompt_embeds'; it may exchange latents alone"),
+        ({"latents": np.full((1, 1, 8, 8), np.nan, np.float32)}, "latents with NaN or Inf"),
+        (True, "the callback answers True; it may give None, or a dictionary with latents"),
+        ([], "the callback answers []; it may give None"),
     ],
 )
 def test_what_a_callback_may_not_answer(answer: Any, words: str, pipeline: Pipeline) -> None:
     with pytest.raises(RecipeError, match=re.escape(words)):
         pipeline("9", callback_on_step_end=lambda *_: answer)
+
+
+def test_a_callback_makes_no_step_that_is_not_there(pipeline: Pipeline) -> None:
+    with pytest.raises(RecipeError, match="all 3 steps are done; no further one can be made"):
+        pipeline("9", num_inference_steps=3, callback_on_step_end=lambda drawing, *_: drawing.step())
 
 
 # --- batches that others share out ----------------------------------------------------------------------------------
@@ -173,6 +181,20 @@ def test_there_is_no_preview_before_the_first_step(pipeline: Pipeline) -> None:
     [
         ({"prompt": "horse"}, "'horse' is not a class"),
         ({"prompt": []}, "no prompt was given"),
+        ({"prompt": None}, "no prompt was given"),
+        ({"prompt": 5}, "prompt 5 is no text; give a sentence, or a list of them"),
+        ({"prompt": ["1", None]}, "prompt: None is no text"),
+        ({"negative_prompt": 5}, "negative_prompt 5 is no text"),
+        ({"negative_prompt": ["1", 2]}, "negative_prompt: 2 is no text"),
+        ({"class_labels": [1]}, "prompt and class_labels both say"),
+        ({"prompt": None, "class_labels": 3}, "class_labels 3; give a list of numbers"),
+        ({"height": 0}, "height x width 0 x 8; the engine draws 8 x 8"),
+        ({"width": "8"}, "height x width 8 x '8'; the engine draws 8 x 8"),
+        ({"guidance_scale": 1e308}, "guidance scale 1e+308; it must be from -100 to 100"),
+        ({"latents": np.full((1, 1, 8, 8), np.nan)}, "latents with NaN, Inf or numbers beyond float32"),
+        ({"latents": np.full((1, 1, 8, 8), 1e300)}, "latents with NaN, Inf or numbers beyond float32"),
+        ({"image": np.zeros((8, 8, 1)), "strength": "x"}, "strength 'x' is not a number"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end 5 is no function"),
         ({"negative_prompt": "horse"}, "'horse' is not a class"),
         ({"height": 16}, "height x width 16 x 8; the engine draws 8 x 8"),
         ({"width": 512, "height": 512}, "height x width 512 x 512; the engine draws 8 x 8"),

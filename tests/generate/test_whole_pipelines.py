@@ -17,7 +17,7 @@ from PIL import Image
 
 from export.errors import ContractError, ModelError, RecipeError
 from pipeline.generate import __main__ as generate
-from pipeline.generate.draw import Picture
+from pipeline.generate.draw import DrawRequest, Picture
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.latent_preview import LatentPreview
 from pipeline.generate.pipeline_classes import class_names, class_number
@@ -78,6 +78,37 @@ def test_several_threads_get_their_own_pictures(keep_loaded: bool, tmp_path: Pat
     for seed, images in enumerate(together):
         np.testing.assert_array_equal(images, drawn(seed))
     assert keep_loaded or log.names == PARTS * 12, "one request after the other"
+
+
+@pytest.mark.parametrize("keep_loaded", [False, True])
+def test_a_callback_may_draw_with_the_pipeline_that_calls_it(keep_loaded: bool, tmp_path: Path, log: Log) -> None:
+    pipeline = Pipeline(LatentModel(make_source(tmp_path, log), keep_loaded))
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+    alone = [pipeline(prompt, **arguments).images for prompt in ("a red ring", "a blue cat")]
+    within: list[Any] = []
+
+    def draw(*_: Any) -> None:
+        within.append(pipeline("a blue cat", **arguments).images)
+
+    with ThreadPoolExecutor(1) as pool:  # a lock that is waited for would be waited for for ever
+        outer = pool.submit(pipeline, "a red ring", callback_on_step_end=draw, **arguments).result(60)
+    np.testing.assert_array_equal(outer.images, alone[0])
+    assert len(within) == 2
+    for picture in within:
+        np.testing.assert_array_equal(picture, alone[1])
+    assert keep_loaded or not log.open
+
+
+def test_a_drawing_that_is_given_up_half_way_blocks_no_other(pipeline: Pipeline, log: Log) -> None:
+    drawings = pipeline.drawings(DrawRequest(("a cat",) * 6, n_steps=2))
+    next(drawings)
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(pipeline, "a ring", num_inference_steps=2)
+        pipeline("a red ring", num_inference_steps=2)  # of this thread, whose turn it is
+        assert not later.done()
+        drawings.close()
+        assert len(later.result(60).images) == 1
+    assert not log.open
 
 
 def test_a_part_that_fails_leaves_the_pipeline_usable(tmp_path: Path, log: Log) -> None:
@@ -204,6 +235,7 @@ def test_strength_is_a_share_of_the_steps(pipeline: Pipeline, log: Log) -> None:
         ({"prompt": []}, "no prompt was given"),
         ({"prompt": None}, "no prompt was given"),
         ({"class_labels": [1]}, "prompt and class_labels both say what to draw"),
+        ({"prompt": None, "class_labels": [1]}, "draws from text; give a prompt"),
         ({"num_inference_steps": 1001}, "1001"),
         ({"clean_caption": True}, "argument 'clean_caption' is unknown to this pipeline"),
     ],

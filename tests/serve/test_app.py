@@ -190,7 +190,7 @@ WRONG = [
     ({"n": "2"}, "n is '2'"),
     ({"n": True}, "n is True"),
     ({"steps": 0}, "steps is 0"),
-    ({"steps": 201}, "steps is 201"),
+    ({"steps": 201}, "steps 201; this server makes at most 200"),
     ({"steps": 2.5}, "steps is 2.5"),
     ({"guidance": -1}, "guidance is -1"),
     ({"guidance": 1000.0}, "guidance is 1000.0"),
