@@ -60,3 +60,11 @@ def test_what_a_container_leaves_is_free(name: str, tmp_path: Path, monkeypatch:
     row = psutil.virtual_memory()._replace(available=FREE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: row)
     assert machine.available_memory_bytes() == expected
+
+
+def test_what_the_process_may_not_map_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = 2 * psutil.Process().memory_info().vms  # more by then than it has now
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (mapped, mapped))
+    assert 0 < machine.available_memory_bytes() <= mapped / 2
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (1, 1))
+    assert machine.available_memory_bytes() == 0
