@@ -183,9 +183,9 @@ def _traced(
 
     # Weights of the right shape that take no memory; their values are bound by name when the file is written.
     upcast = {path: part for path, part in model.module.named_modules() if isinstance(part, UpcastLinear)}
-    large = upcast | {ref.name: ref.module for ref in model.linears()}
+    large: dict[str, nn.Linear] = {**upcast, **{ref.name: ref.module for ref in model.linears()}}
     plain = {path: linear_like(part, torch.zeros(1, 1).expand(part.weight.shape)) for path, part in large.items()}
-    module = denoiser(model, plain | stand_ins)
+    module = denoiser(model, {**plain, **stand_ins})
     set_resolution(module, *model.cells(height, width))
     samples = sample_inputs(model, TRACE_BATCH, 0, height, width, TRACE_TOKENS)
     return trace(module, model.inputs, samples, attention)
