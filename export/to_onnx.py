@@ -119,16 +119,8 @@ def export_float(model: LoadedModel, path: Path, height: int = 0, width: int = 0
 
     Raises ModelError if a tensor of the model has NaN or Inf.
     """
-    import torch
-
-    from export.models.torch_modules import linear_like
-
     _check_finite(model, set())
-    # A weight of the right shape that takes no memory; its values are bound by name when the file is written.
-    stand_ins = {
-        ref.name: linear_like(ref.module, torch.zeros(1, 1).expand(ref.module.weight.shape)) for ref in model.linears()
-    }
-    graph = _traced(model, stand_ins, height, width, attention=None)
+    graph = _traced(model, {}, height, width, attention=None)
     _bind(graph, _values(model, height, width), narrow=False)
     sign(graph, FLOAT.format(noun=model.family.noun))
     save_model(graph, path)
@@ -184,10 +176,16 @@ def _traced(
     width: int,
     attention: AttentionFormats | None,
 ) -> ir.Model:
-    from export.models.torch_modules import set_resolution
+    import torch
+
+    from export.models.torch_modules import UpcastLinear, linear_like, set_resolution
     from export.trace import trace
 
-    module = denoiser(model, stand_ins)
+    # Weights of the right shape that take no memory; their values are bound by name when the file is written.
+    upcast = {path: part for path, part in model.module.named_modules() if isinstance(part, UpcastLinear)}
+    large: dict[str, nn.Linear] = {**upcast, **{ref.name: ref.module for ref in model.linears()}}
+    plain = {path: linear_like(part, torch.zeros(1, 1).expand(part.weight.shape)) for path, part in large.items()}
+    module = denoiser(model, {**plain, **stand_ins})
     set_resolution(module, *model.cells(height, width))
     samples = sample_inputs(model, TRACE_BATCH, 0, height, width, TRACE_TOKENS)
     return trace(module, model.inputs, samples, attention)

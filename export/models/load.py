@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,9 +57,9 @@ if TYPE_CHECKING:
 __all__ = ["LinearRef", "LoadedModel", "denoiser", "float_linears", "load", "sample_inputs", "save_kept"]
 
 logger = logging.getLogger(__name__)
-# A table of at least so many numbers that is only looked up (a vocabulary's) stays in fp16: the rows that are looked up
-# are widened, not all of them once.
-TABLE_ELEMENTS = 2**24
+# Kept weights of at least so many numbers stay in fp16: of a table that is only looked up (a vocabulary's) the rows are
+# widened that are looked up, and a block's linear (modulation is a quarter of FLUX.1's parameters) while it is used.
+LARGE_ELEMENTS = 2**24
 ROWS_AT_ONCE = 4096
 # Below this many bytes in float32 a model is simply held in float32; above, 16-bit linears are upcast at use.
 RESIDENT_BYTES = 512 * 2**20
@@ -466,6 +467,8 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
 
 def _assign(module: nn.Module, family: Family, tensors: dict[str, torch.Tensor]) -> None:
     """Put checked tensors into the module, each in the type it is used in, and make it ready to run."""
+    import torch
+
     from export.models.torch_modules import UpcastEmbedding, UpcastLinear, linear_like
 
     linears = {path: part for path, part in _linears(module) if family.kind_of(path)}
@@ -473,25 +476,36 @@ def _assign(module: nn.Module, family: Family, tensors: dict[str, torch.Tensor])
     for path, part in linears.items():
         if not resident and tensors[f"{path}.weight"].itemsize < 4:
             module.set_submodule(path, linear_like(part, part.weight, UpcastLinear))
-    typed = {key: _typed(key, value, linears, resident) for key, value in tensors.items()}
-    for path, table in _large_tables(module):
-        if (stored := half_table(tensors[f"{path}.weight"])) is not None:
-            typed[f"{path}.weight"] = stored
-            module.set_submodule(path, UpcastEmbedding(table.num_embeddings, table.embedding_dim, device="meta"))
-    module.load_state_dict(typed, assign=True)
+    halves: dict[str, torch.Tensor] = {}
+    for path, part in _large_kept(module, linears):
+        if (stored := half_weight(tensors[f"{path}.weight"])) is not None:
+            halves[f"{path}.weight"] = stored
+            is_table = isinstance(part, torch.nn.Embedding)
+            module.set_submodule(
+                path,
+                UpcastEmbedding(*part.weight.shape, device="meta") if is_table
+                else linear_like(part, part.weight, UpcastLinear),
+            )  # fmt: skip
+    typed = {key: _typed(key, value, linears, resident) for key, value in tensors.items() if key not in halves}
+    module.load_state_dict(typed | halves, assign=True)
     module.requires_grad_(False).eval()
 
 
-def _large_tables(module: nn.Module) -> list[tuple[str, nn.Embedding]]:
+def _large_kept(module: nn.Module, quantized: Mapping[str, nn.Linear]) -> list[tuple[str, nn.Embedding | nn.Linear]]:
+    """Tables, and linears of repeated blocks; of one outside of them, code may ask for its type and compute in that."""
     import torch
 
-    tables = [(path, part) for path, part in module.named_modules() if isinstance(part, torch.nn.Embedding)]
-    return [(path, part) for path, part in tables if part.weight.numel() >= TABLE_ELEMENTS]
+    parts = [
+        (path, part) for path, part in module.named_modules()
+        if isinstance(part, torch.nn.Embedding)
+        or (isinstance(part, torch.nn.Linear) and path not in quantized and re.search(r"\.\d+\.", path))
+    ]  # fmt: skip
+    return [(path, part) for path, part in parts if part.weight.numel() >= LARGE_ELEMENTS]
 
 
-def half_table(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A table [rows, C] in fp16, the file's own where it is of that type; None by the rule of `stored_value`. Large: no
-    float32 copy of it is made."""
+def half_weight(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A weight [rows, C] in fp16, the file's own where it is of that type; None by the rule of `stored_value`. It is
+    not copied to float32."""
     import torch
 
     if tensor.dtype == torch.float16:
@@ -540,9 +554,7 @@ def denoiser(model: LoadedModel, replacements: Mapping[str, nn.Module] | None = 
 
 def float_linears(model: LoadedModel) -> dict[str, nn.Linear]:
     """float32 copies of the linears that are upcast at use, as `replacements`: more memory, but no upcast per call."""
-    import torch
+    from export.models.torch_modules import UpcastLinear, linear_like
 
-    from export.models.torch_modules import linear_like
-
-    upcast = [ref for ref in model.linears() if ref.module.weight.dtype != torch.float32]
-    return {ref.name: linear_like(ref.module, ref.module.weight.float()) for ref in upcast}
+    upcast = [(path, part) for path, part in _linears(model.module) if isinstance(part, UpcastLinear)]
+    return {path: linear_like(part, part.weight.float()) for path, part in upcast}

@@ -26,7 +26,7 @@ from export.formats.attention import WEIGHT_MAX, AttentionFormats
 from export.formats.format import Format, get_format
 from export.formats.operands import FP32_BITS, SUM_UNIT, float32_sums
 from export.models.attention_calls import attention_calls
-from export.models.torch_modules import Denoiser, stated_config
+from export.models.torch_modules import Denoiser, UpcastLinear, stated_config
 from export.router import Router
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
@@ -321,12 +321,14 @@ def _tell_timesteps(routing: Routing, module: Denoiser, args: tuple[Tensor, ...]
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
     """Give this module (not its children) float tensors of `dtype`, without touching tensors shared with others.
 
-    A large table, such as a vocabulary's, keeps its type, and what is looked up is converted.
+    A large table, such as a vocabulary's, keeps its type, and what is looked up is converted; so does the weight of a
+    linear that is upcast at use.
     """
     if isinstance(part, nn.Embedding) and (part.weight.itemsize < 4 or part.weight.numel() >= LARGE_TABLE):
         part.register_forward_hook(lambda _, __, rows: rows.to(dtype))
         return
-    for name, value in list(part.named_parameters(recurse=False)):
+    kept = ("weight",) if isinstance(part, UpcastLinear) else ()
+    for name, value in [row for row in part.named_parameters(recurse=False) if row[0] not in kept]:
         part.register_parameter(name, nn.Parameter(value.to(dtype), requires_grad=False))
     for name, value in list(part.named_buffers(recurse=False)):
         if value.is_floating_point():

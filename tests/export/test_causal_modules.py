@@ -277,7 +277,7 @@ def test_norms_of_queries_are_no_part_of_qwen2(tmp_path: Path) -> None:
 def test_the_large_table_of_tokens_is_widened_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from export.models import load as loading
 
-    monkeypatch.setattr(loading, "TABLE_ELEMENTS", 128 * 64)
+    monkeypatch.setattr(loading, "LARGE_ELEMENTS", 128 * 64)
     model = load(str(causal_folder(tmp_path, **GEMMA2)))
     assert model.module.get_submodule("embed_tokens").weight.dtype == torch.float16
     assert_own(model, causal(), sample_inputs(model, 2, 0, tokens=20))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,9 @@ from export.models import load as models
 from export.models.families import FAMILIES, LAYER_KINDS
 from export.models.load import denoiser, float_linears, load, sample_inputs, stored_value
 from export.models.torch_modules import MaskedAttention, UpcastLinear, set_resolution, with_modules
+from export.to_onnx import export_float, export_portable
+from pipeline.backends.base import only
+from pipeline.backends.reference import ReferenceEngine, fake_quant
 from tests.support import tiny
 
 pytestmark = pytest.mark.torch
@@ -262,6 +266,32 @@ def test_large_models_keep_16_bit_weights_mapped_and_compute_the_same(folders, m
     with torch.inference_mode():
         assert torch.equal(denoiser(mapped, copies)(**tensors(inputs)), run(resident, inputs))
     assert float_linears(resident) == {}
+
+
+def test_large_kept_linears_of_blocks_stay_in_16_bits(tmp_path, monkeypatch):
+    path = tiny.folder("dit", tmp_path, half=False)  # its blocks have a modulation each
+    modulation = "transformer_blocks.0.norm1.linear"
+    whole = load(str(path))
+    monkeypatch.setattr(models, "LARGE_ELEMENTS", whole.module.get_submodule(modulation).weight.numel())
+    model = load(str(path))
+    part = model.module.get_submodule(modulation)
+    assert isinstance(part, UpcastLinear) and part.weight.dtype == torch.float16
+    stored = {path for path, part in model.module.named_modules() if isinstance(part, UpcastLinear)}
+    assert all(re.search(r"\.\d+\.", path) and model.family.kind_of(path) is None for path in stored)
+    inputs = sample_inputs(model, 2, 0, tokens=5)
+    assert torch.equal(run(model, inputs), run(whole, inputs))
+    assert set(float_linears(model)) == stored
+    layers = tiny.quantized(whole)
+    for dtype in (torch.float32, torch.float64):
+        exact = [ReferenceEngine(fake_quant(each, layers, dtype), dtype).run(inputs) for each in (model, whole)]
+        np.testing.assert_array_equal(*(only(outputs) for outputs in exact))
+    for name, export in (("float", export_float), ("portable", lambda each, to: export_portable(each, layers, to))):
+        files = [tmp_path / name / str(k) / "model.onnx" for k in range(2)]
+        for each, file in zip((model, whole), files, strict=True):
+            file.parent.mkdir(parents=True)
+            export(each, file)
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert Path(f"{files[0]}.data").read_bytes() == Path(f"{files[1]}.data").read_bytes()
 
 
 def test_float32_files_are_used_without_a_copy(tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, changes: dict[str, ob
 def test_a_large_table_is_widened_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, outputs = t5_folder(tmp_path), []
     for name, least in (("whole", 2**24), ("rows", 128 * 64)):
-        monkeypatch.setattr(loading, "TABLE_ELEMENTS", least)
+        monkeypatch.setattr(loading, "LARGE_ELEMENTS", least)
         model = load(str(folder))
         dtype = model.module.get_submodule("shared").weight.dtype
         assert dtype == {"whole": torch.float32, "rows": torch.float16}[name]
@@ -139,11 +139,11 @@ def test_a_large_table_is_widened_row_by_row(tmp_path: Path, monkeypatch: pytest
 
 def test_a_large_table_keeps_what_fp16_cannot_hold() -> None:
     table = torch.randn(3, 8)
-    held = loading.half_table(table)
+    held = loading.half_weight(table)
     assert held is not None and torch.equal(held, table.half())
-    assert loading.half_table(table * 1e6) is None and loading.half_table(table.bfloat16() * 1e-9) is None
+    assert loading.half_weight(table * 1e6) is None and loading.half_weight(table.bfloat16() * 1e-9) is None
     half = table.half()
-    assert loading.half_table(half) is half
+    assert loading.half_weight(half) is half
 
 
 @pytest.mark.parametrize("keep", [True, False])
