@@ -127,6 +127,12 @@ def add_model_flags(verb_parser: Parser, model: str) -> None:
     verb_parser.add_argument(
         "--config", metavar="FILE_OR_ID", help="config.json of a model whose weights have none beside them"
     )
+    verb_parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="merge this adapter into the model, at the scale (default: 1); may be given several times",
+    )
 
 
 def add_threads(verb_parser: Parser) -> None:

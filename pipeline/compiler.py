@@ -261,12 +261,14 @@ def tensor_counts(model: LoadedModel) -> dict[str, object]:
 
 def model_row(model: LoadedModel) -> dict[str, object]:
     """Where the model came from and what of its files is in it, for the manifest."""
+    adapters = {"adapters": [adapter.row() for adapter in model.adapters]} if model.adapters else {}
     return {
         "source": model.source,
         "revision": model.revision,
         "sha256": model.sha256,
         "family": model.family.name,
         "tensors": tensor_counts(model),
+        **adapters,
     }
 
 

@@ -105,7 +105,7 @@ class Parity:
         if key not in self._reports:
             verify = verify_bundle if isinstance(bundle, Bundle) else verify_pipeline
             place = self.report_dir()
-            self._reports[key] = verify(bundle.path, place, (model, None, None), quick=quick), place
+            self._reports[key] = verify(bundle.path, place, (model, None, None, None), quick=quick), place
         return self._reports[key]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from export.documents import MOST_TOML_BYTES, Rules, parse_toml, read_text
 from export.errors import RecipeError
 from export.formats.attention import AttentionFormats
 from export.formats.format import get_format
+from export.models.adapters import Adapter
 from export.models.families import KEPT_BY_RECIPE, LAYER_KINDS, Half
 from export.names import check_name
 from pipeline.backends import BACKENDS
@@ -31,8 +32,9 @@ T = TypeVar("T")
 HALVES = get_args(Half)
 GRANULARITIES = get_args(Granularity)
 SEARCHES = ("absmax", "mse")
-# What the flags --model, --variant and --config say, None where one was not given.
-ModelFlags = tuple[str | None, str | None, str | None]
+# What the flags --model, --variant, --config and --lora say, None where one was not given.
+ModelFlags = tuple[str | None, str | None, str | None, Sequence[str] | None]
+NO_FLAGS: ModelFlags = (None, None, None, None)
 # Tables of a pipeline's other parts, by the part's name.
 Components = dict[str, dict[str, object]]
 # Far beyond what anyone computes: a slip of the finger, or a hostile file, is refused at once.
@@ -217,7 +219,8 @@ class Recipe:
     """One engine: model, number formats, calibration, sampling, budgets, target options.
 
     model_variant, model_config: which of the model's weights files, and its config.json where it is elsewhere; both as
-    `export.models.load.load` takes them, "" for the plain ones. half: which of an autoencoder, None for other models.
+    `export.models.load.load` takes them, "" for the plain ones. lora: adapters that are merged into the model, each
+    FILE or FILE:SCALE. half: which of an autoencoder, None for other models.
     targets: options by the target's name; those of targets
     that are not named are the defaults. In TOML each is a table of the target's name.
 
@@ -232,6 +235,7 @@ class Recipe:
     description: str = ""
     model_variant: str = ""
     model_config: str = ""
+    lora: tuple[str, ...] = ()
     half: Half | None = None
     formats: Formats = Formats()
     attention: Attention = Attention()
@@ -259,9 +263,17 @@ class Recipe:
         object.__setattr__(self, "targets", defaults | dict(self.targets))
         for pattern in self.keep:
             _check_pattern(pattern)
+        paths = [adapter.path for adapter in self.adapters]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise RecipeError(f"recipe {self.name}: adapter {twice[0]} stands there twice; give it once, at one scale")
         for name, table in self.components.items():
             if BASE in table:
                 component_recipe(self, name, "", self.model)  # refuses keys and values that no recipe has
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """What `lora` names."""
+        return tuple(map(Adapter.parse, self.lora))
 
     def options(self, kind: type[OptionsT]) -> OptionsT:
         """The options of the target that has such."""
@@ -277,10 +289,11 @@ class Recipe:
         tables: dict[str, dict[str, object]] = common.pop("targets")
         if not self.components:
             del common["components"]
-        if self.keep:
-            common["keep"] = list(self.keep)
-        else:
-            del common["keep"]
+        for key in ("keep", "lora"):
+            if common[key]:
+                common[key] = list(common[key])
+            else:
+                del common[key]
         if self.half is None:  # which TOML does not know
             del common["half"]
         return common | {name: table for name, table in tables.items() if table}
@@ -501,15 +514,22 @@ def to_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.document())
 
 
-def with_model(recipe: Recipe, model: str | None, variant: str | None, config: str | None) -> Recipe:
-    """The recipe for what the flags --model, --variant and --config name, None where one was not given.
+def with_model(
+    recipe: Recipe, model: str | None, variant: str | None, config: str | None, lora: Sequence[str] | None = None
+) -> Recipe:
+    """The recipe for what the flags --model, --variant, --config and --lora name, None where one was not given.
 
-    A variant or a configuration of the recipe's own belongs to its own model, and goes with it.
+    A variant or a configuration of the recipe's own belongs to its own model, and goes with it. Adapters stay: they are
+    refused by a model that they were not made for, and no bundle may be compared with its model without them.
     """
     if model:
         recipe = replace(recipe, model=_absolute(model), model_variant="", model_config="")
     if config:
         recipe = replace(recipe, model_config=_absolute(config))
+    if lora is not None:
+        given = map(Adapter.parse, lora)
+        placed = (replace(adapter, path=Path(_absolute(str(adapter.path)))) for adapter in given)
+        recipe = replace(recipe, lora=tuple(map(str, placed)))
     return recipe if variant is None else replace(recipe, model_variant=variant)
 
 
@@ -529,7 +549,7 @@ def load_float_model(recipe: Recipe) -> LoadedModel:
     from export.models.load import load
 
     keep = (lambda path: any(re.fullmatch(pattern, path) for pattern in recipe.keep)) if recipe.keep else None
-    model = load(recipe.model, False, recipe.model_variant, recipe.model_config, recipe.half, keep)
+    model = load(recipe.model, False, recipe.model_variant, recipe.model_config, recipe.half, keep, recipe.adapters)
     if model.family.recordings is not None:  # what it is given beside its inputs is of one size
         from export.models.torch_modules import set_resolution
 

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from export.documents import shown
 from export.errors import ModelError
 from export.formats.operands import HALF_ROUNDING
+from export.models.adapters import Adapter, merged, merged_sha256
 from export.models.config import FILE as CONFIG
 from export.models.config import (
     OLDER_CLASS,
@@ -79,6 +80,7 @@ class LoadedModel(Description):
     """A denoiser in memory. `module` is in eval mode and computes in float32; `notes` are things a user should know.
 
     `used` are the names of the tensors in its files that are part of it, `ignored` those that are not, and why.
+    `adapters` are merged into it, and `sha256` stands for them, too.
     """
 
     module: nn.Module
@@ -88,6 +90,7 @@ class LoadedModel(Description):
     notes: tuple[str, ...] = field(default=())
     used: tuple[str, ...] = field(default=())
     ignored: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = field(default=())
 
     @cached_property
     def config_sha256(self) -> str:
@@ -146,6 +149,7 @@ def load(
     config: str = "",
     half: Half | None = None,
     keep: Callable[[str], bool] | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> LoadedModel:
     """Load a denoiser from a diffusers folder (a transformer or a pipeline) or a .safetensors file, `zoo:NAME`, or a
     hub id (OWNER/NAME or OWNER/NAME@REVISION) in the cache.
@@ -154,6 +158,7 @@ def load(
     config: the model's config.json, a folder that has it, `zoo:NAME` or a hub id; "" for the one beside the weights.
     half: which of an autoencoder, whose folder may be a pipeline's as well; None for other models.
     keep: whether the linear at a path stays as it is, beside those that the family keeps; None: no other does.
+    adapters: merged into a denoiser.
     kept_only: the folder is one of `save_kept`; the linears to quantize are NaN: the model can be exported, not run.
     Raises ModelError if the folder, configuration or weights cannot be used, EnvironmentLacksError for a hub id that
     has not been downloaded.
@@ -169,6 +174,8 @@ def load(
     files.refuse_damaged()
     if not kept_only:
         _refuse_too_few_bytes(least_parameters(values), files, config_path)
+    if adapters and (half is not None or family.library == "transformers"):
+        raise ModelError(f"{folder}: {family.class_name} is no denoiser, and only those take --lora; leave it away")
     values = _completed(values, family, config_path)
     module = _build(family, values, config_path, None if kept_only else files)
     if family.quantizes and not any(replace(family, held=Family.held).kind_of(path) for path, _ in _linears(module)):
@@ -177,22 +184,28 @@ def load(
         )
     absent = _quantized_tensors(module, family) if kept_only else set()
     weights = _read(files, values, module, absent, family, quantized)
-    _assign(module, family, dict(weights.tensors) | _nan(module, absent))
+    tensors = merged(weights.tensors, adapters, module, family.class_name)
+    _assign(module, family, tensors | _nan(module, absent))
     logger.info("%s: %s", source, weights)
     for name in weights.used:
         logger.debug("%s: uses %s", source, name)
-    notes = _adapters_beside(root, folder)
+    notes = _adapters_beside(root, folder, adapters)
     for note in notes:
         logger.warning("%s: %s", source, note)
+    digest = merged_sha256(files.sha256(), adapters)
     return LoadedModel(
-        family, values, folder, source, module, revision, files.sha256(), files, notes, weights.used, weights.ignored
-    )
+        family, values, folder, source, module, revision, digest, files, notes, weights.used, weights.ignored,
+        tuple(adapters),
+    )  # fmt: skip
 
 
-def _adapters_beside(root: Path, folder: Path) -> tuple[str, ...]:
+def _adapters_beside(root: Path, folder: Path, given: Sequence[Adapter]) -> tuple[str, ...]:
     """A note for each adapter that lies beside the model: nothing says whether it is meant to be part of it."""
-    paths = sorted({place / name for place in {root, folder} for name in ADAPTER_FILES if (place / name).is_file()})
-    return tuple(f"{path} is an adapter and is not part of this model; if it should be, {MERGE}" for path in paths)
+    paths = {place / name for place in {root, folder} for name in ADAPTER_FILES if (place / name).is_file()}
+    places = {adapter.path.resolve().parent for adapter in given}  # PEFT's is two files
+    others = sorted(path for path in paths if path.resolve().parent not in places)
+    remedy = f"give its file with --lora, or {MERGE}"
+    return tuple(f"{path} is an adapter and is not part of this model; if it should be, {remedy}" for path in others)
 
 
 def _model_folder(root: Path, part: str) -> Path:
@@ -448,12 +461,13 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    kept = _read(model.files, model.config, model.module, set(), model.family).tensors
+    stored = _read(model.files, model.config, model.module, set(), model.family).tensors
     absent = _quantized_tensors(model.module, model.family)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {key: tensor for key, tensor in kept.items() if key not in absent}
+    kept = {key: tensor for key, tensor in stored.items() if key not in absent}
+    tensors = merged(kept, model.adapters, model.module, model.family.class_name)
     # One tensor of a file may be several of the model (DiT's own files have one embedder for all blocks).
     firsts = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
     own = {key: t.contiguous() if firsts[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from export.errors import EnvironmentLacksError, ModelError
-from export.models.weights import PICKLES, weights_file
+from export.models.weights import NOT_READ, weights_file
 
 ZOO = Path(__file__).parent.parent / "zoo"
 
@@ -23,7 +23,7 @@ def find(source: str) -> tuple[Path, str]:
     if path.is_file():
         weights_file(path)  # refuses what is no weights file
         return path, ""
-    if source.endswith((*PICKLES, ".safetensors", ".gguf")):
+    if source.endswith((*NOT_READ, ".safetensors")):
         raise ModelError(f"model {source!r} is not a file here; check the path")
     if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(\w+))?(?:@((?!.*\.\.)[\w./-]+))?", source):
         return _from_cache(match[1], match[3], match[2])

@@ -38,11 +38,13 @@ FILES = (
 # A name such as fp16 or non_ema; "fp16-00001-of-00002" is a shard of one.
 VARIANT = r"(?!.*\d-of-\d)[A-Za-z0-9][\w-]*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NOT_READ = (*PICKLES, ".gguf")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 MERGE = (
     "merge the adapter: load its base into a diffusers pipeline, pipe.load_lora_weights(adapter), pipe.fuse_lora(), "
     "pipe.unload_lora_weights(), pipe.save_pretrained(folder), and give that folder"
 )
+GIVE_ADAPTER = f"give the folder of its base model, and the adapter with --lora FILE; or {MERGE}"
 NO_GGUF = "it holds weights that are quantized already; give the float model that it was made from, as safetensors"
 NO_PICKLE = (
     "is a pickle, which can run code when read; load it where you trust it and save it again with "
@@ -82,6 +84,11 @@ class WeightsFiles:
         for name in self.names:
             with _open(self.folder / name):
                 pass
+
+    def metadata(self) -> dict[str, str]:
+        """The texts in the header of the first file."""
+        with _open(self.folder / self.names[0]) as tensors:
+            return dict(tensors.metadata() or {})
 
     def tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Yield (file name, tensor name, torch tensor backed by the mapped file)."""
@@ -156,7 +163,7 @@ def what_instead(folder: Path) -> str | None:
     """What a folder without a model that can be read holds instead, with the remedy; None if nothing known."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     for names_of_kind, text in (
-        ([name for name in names if name in ADAPTER_FILES], f"is an adapter, not a model; {MERGE}"),
+        ([name for name in names if name in ADAPTER_FILES], f"is an adapter, not a model; {GIVE_ADAPTER}"),
         ([name for name in names if name.endswith(".gguf")], f"is GGUF; {NO_GGUF}"),
         ([name for name in names if name.endswith(PICKLES)], NO_PICKLE),
     ):

@@ -20,7 +20,7 @@ from pipeline.bundle.stages import timed
 from pipeline.command import Answer, Parser, Table, add_model_flags, add_threads, parser, run
 from pipeline.compiler import parse_targets
 from pipeline.files import refuse_unwritable, write_json
-from pipeline.recipe import ModelFlags, Recipe, load_float_model, with_model
+from pipeline.recipe import NO_FLAGS, ModelFlags, Recipe, load_float_model, with_model
 from pipeline.signals import leave
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def make_parser() -> Parser:
 
 
 def bench_bundle(
-    path: Path, flags: ModelFlags = (None, None, None), target: str = "auto", threads: int | None = None
+    path: Path, flags: ModelFlags = NO_FLAGS, target: str = "auto", threads: int | None = None
 ) -> Document:
     """Verify the files, then measure every engine of `target` that runs here, and what it is compared with, with as
     many threads. Raises UserError subclasses.
 
-    flags: another model, variant and configuration than the bundle was built from, None for the same. Where the
-    compiler is not installed, there is no float model to compare with, and the engines are measured alone.
+    flags: another model, variant, configuration and adapters than the bundle was built from, None for the same. Where
+    the compiler is not installed, there is no float model to compare with, and the engines are measured alone.
     """
     from pipeline.bench.baselines import baselines
     from pipeline.bench.measure import bench
@@ -91,7 +91,7 @@ def bench_bundle(
 def bench_beside_peers(
     path: Path,
     names: Sequence[str],
-    flags: ModelFlags = (None, None, None),
+    flags: ModelFlags = NO_FLAGS,
     target: str = "auto",
     threads: int | None = None,
     work_dir: Path | None = None,
@@ -187,7 +187,7 @@ def work(args: argparse.Namespace, answer: Answer) -> int:
             write_json(args.output, found)
         answer.document({"event": "profile", **found}, Table(*profile.summary(found)), profile.conditions(found))
         return 0
-    model_flags = (args.model, args.variant, args.config)
+    model_flags = (args.model, args.variant, args.config, args.lora)
     if args.peers:
         names = parse_peers(args.peers)
         beside = bench_beside_peers(args.bundle, names, model_flags, args.target, args.threads, args.work_dir)

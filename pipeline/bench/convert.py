@@ -11,7 +11,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,19 +58,22 @@ class FloatModel:
     height: int
     width: int
     half: Half | None = None
+    lora: Sequence[str] = ()
 
     @staticmethod
     def of_recipe(recipe: Recipe) -> FloatModel:
         """The model and the size of a recipe."""
         size = recipe.sampling
         named = recipe.model, recipe.model_variant, recipe.model_config
-        return FloatModel(*named, size.height, size.width, recipe.half)
+        return FloatModel(*named, size.height, size.width, recipe.half, recipe.lora)
 
     def load(self) -> LoadedModel:
         """Raises ModelError."""
+        from export.models.adapters import Adapter
         from export.models.load import load
 
-        return load(self.source, False, self.variant, self.config, self.half)
+        adapters = tuple(map(Adapter.parse, self.lora))
+        return load(self.source, False, self.variant, self.config, self.half, adapters=adapters)
 
 
 class Stamp(TypedDict):

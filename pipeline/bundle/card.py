@@ -223,10 +223,14 @@ def part_sections(part: Part) -> Iterable[str]:
     source = model["source"] if model["source"].startswith("zoo:") or base_model(model["source"]) else "a folder"
     revision = f", revision {model['revision']}" if model["revision"] else ""
     yield f"## {title}"
+    adapters = "".join(
+        f", the adapter `{row['file']}` (sha256 `{row['sha256'][:16]}...`) merged into it at scale {row['scale']:g}"
+        for row in model.get("adapters", [])
+    )
     yield (
-        f"Made of {source}{revision} (sha256 of the weights `{model['sha256'][:16]}...`), family `{model['family']}`, "
-        f"by the recipe `{document['engine']}`; targets: {', '.join(document['targets'])}. {counts['quantized']} "
-        f"linears are quantized, {counts['kept']} are kept. The weights of the former take "
+        f"Made of {source}{revision}{adapters} (sha256 of the weights `{model['sha256'][:16]}...`), family "
+        f"`{model['family']}`, by the recipe `{document['engine']}`; targets: {', '.join(document['targets'])}. "
+        f"{counts['quantized']} linears are quantized, {counts['kept']} are kept. The weights of the former take "
         f"{sizes['quantized_weights'] / 1e6:.1f} MB, in fp16 {sizes['same_weights_fp16'] / 1e6:.1f} MB; all files take "
         f"{sizes['all_files'] / 1e6:.1f} MB."
     )

@@ -18,13 +18,22 @@ Count = Annotated[int, Ge(0), Lt(2**31)]
 Name = Annotated[str, MinLen(1)]
 
 
+class MergedAdapter(TypedDict):
+    """An adapter that is part of the float model."""
+
+    file: Name
+    sha256: Sha256
+    scale: float
+
+
 class Model(TypedDict):
-    """Where the float model came from."""
+    """Where the float model came from. sha256: of its weights; where adapters are merged into them, of both."""
 
     source: Name
     revision: str
     sha256: Sha256
     family: Name
+    adapters: NotRequired[list[MergedAdapter]]  # where there are any
 
 
 class LowRank(TypedDict):

@@ -137,9 +137,9 @@ def _refuse_name(name: str) -> None:
 def _resolved(recipe: Recipe, model: str | None, method: str | None, settings: Sequence[Settings], name: str) -> Recipe:
     """The recipe of one combination, with whole paths: a job may be done by another machine, in another folder."""
     if model is None:
-        recipe = recipes.with_model(recipe, recipe.model, recipe.model_variant, recipe.model_config)
+        recipe = recipes.with_model(recipe, recipe.model, recipe.model_variant, recipe.model_config, recipe.lora)
     else:
-        recipe = recipes.with_model(recipe, model, None, None)
+        recipe = recipes.with_model(recipe, model, None, None, recipe.lora)
     if is_whole(recipe.model):
         raise RecipeError(
             f"{name}: {recipe.model} is a whole pipeline; name one model of it, as {Path(recipe.model) / 'transformer'}"
@@ -149,7 +149,7 @@ def _resolved(recipe: Recipe, model: str | None, method: str | None, settings: S
     for table in settings:
         document = recipes.merged_tables(document, table)
     recipe = recipes.from_dict(document, name)
-    recipe = recipes.with_model(recipe, None, None, recipe.model_config)
+    recipe = recipes.with_model(recipe, None, None, recipe.model_config, recipe.lora)
     if not recipe.calibrate.prompts:
         return recipe
     return replace(recipe, calibrate=replace(recipe.calibrate, prompts=str(Path(recipe.calibrate.prompts).absolute())))

@@ -31,7 +31,7 @@ from pipeline.files import MANIFEST_FILE, PIPELINE_FILE, new_folder, refuse_in_b
 from pipeline.generate.example_prompts import prompt_lines
 from pipeline.generate.tokenizer import TOKENIZER_FILE, canonical
 from pipeline.parts import PipelineFolder, read_folder
-from pipeline.recipe import ModelFlags, load_float_model, with_model
+from pipeline.recipe import NO_FLAGS, ModelFlags, load_float_model, with_model
 from pipeline.signals import leave
 from pipeline.verify.baseline import Comparison, load_tolerances
 from pipeline.verify.baseline import compare as compare_with
@@ -93,17 +93,17 @@ def make_parser() -> Parser:
 def verify_bundle(
     path: Path,
     report_dir: Path,
-    flags: ModelFlags = (None, None, None),
+    flags: ModelFlags = NO_FLAGS,
     threads: int | None = None,
     quick: bool = False,
     polygraphy_dir: Path | None = None,
 ) -> Report:
     """Verify files, repeat the lowering and compare, run all gates into `report_dir`. Raises UserError subclasses.
 
-    All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant and
-    configuration than the bundle was built from, None for the same. quick: of the files all, of the targets those
-    that run here, and less of them (see effort.py), within the same limits; the report says so. polygraphy_dir: where
-    files for Polygraphy go, whether the gates pass or not.
+    All of it on a private copy of the bundle, whose files nobody changes meanwhile. flags: another model, variant,
+    configuration and adapters than the bundle was built from, None for the same. quick: of the files all, of the
+    targets those that run here, and less of them (see effort.py), within the same limits; the report says so.
+    polygraphy_dir: where files for Polygraphy go, whether the gates pass or not.
     """
     machine.require_compiler("verifying a bundle")
     from export.portable import read_layers
@@ -113,6 +113,9 @@ def verify_bundle(
     model, _ = timed("model", lambda: load_float_model(with_model(original.recipe, *flags)))
     if model.sha256 != original.manifest["model"]["sha256"]:
         remedy = "name the model that the bundle was built from with -m"
+        if rows := original.manifest["model"].get("adapters"):
+            named = ", ".join(f"{row['file']}:{row['scale']:g}" for row in rows)
+            remedy += f", and its adapters with --lora, unchanged and in their order: {named}"
         raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
     if PORTABLE not in original.targets:
         raise ContractError(
@@ -143,7 +146,7 @@ def verify_bundle(
 def verify_pipeline(
     path: Path,
     report_dir: Path,
-    flags: ModelFlags = (None, None, None),
+    flags: ModelFlags = NO_FLAGS,
     threads: int | None = None,
     quick: bool = False,
     polygraphy_dir: Path | None = None,
@@ -165,7 +168,7 @@ def verify_pipeline(
     report = Report(list(own.gates))
     for name in whole.components:
         part = folder.part(name).recipe
-        of_part = (part.model, part.model_variant, None)
+        of_part = (part.model, part.model_variant, None, part.lora)
         of_polygraphy = None if polygraphy_dir is None else polygraphy_dir / name
         component = verify_bundle(path / name, report_dir / name, of_part, threads, quick, of_polygraphy)
         report.gates += [replace(gate, name=f"{name}/{gate.name}") for gate in component.gates]
@@ -293,7 +296,7 @@ def outcome_of(args: argparse.Namespace, report_dir: Path) -> Outcome:
         )
     measured = None if args.bench is None else read_bench(args.bench, args.bundle)
     verify = verify_pipeline if is_pipeline(args.bundle) else verify_bundle
-    flags = (args.model, args.variant, args.config)
+    flags = (args.model, args.variant, args.config, args.lora)
     report = verify(args.bundle, report_dir, flags, args.threads, args.quick, args.polygraphy)
     record = record_of(open_any(args.bundle), report.gates, measured, args.quick)
     return Outcome(report, record, None if baseline is None else compare_with(baseline, record, tolerances))

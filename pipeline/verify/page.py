@@ -102,6 +102,8 @@ def _facts(model: LoadedModel, recipe: Recipe, n_steps: int | None = None) -> di
     """n_steps: None of a model of which nothing is quantized, nor asked for by the recipe."""
     here = machine.facts()
     count = sum(tensor.numel() for tensor in model.module.parameters())
+    named = [f"{each.path.name} ({each.sha256[:16]}) at scale {each.scale:g}" for each in model.adapters]
+    adapters = {"merged adapters": ", ".join(named)} if named else {}
     return {
         "Model": {
             "source": model.source,
@@ -109,6 +111,7 @@ def _facts(model: LoadedModel, recipe: Recipe, n_steps: int | None = None) -> di
             "family": model.family.name,
             "parameters": f"{count / 1e6:.1f} M",
             "sha256": model.sha256[:16],
+            **adapters,
         },
         "Recipe": {"weights": "fp16 where they fit, else fp32"} if n_steps is None else _quantization(recipe, n_steps),
         "Machine": {

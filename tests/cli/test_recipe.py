@@ -79,6 +79,7 @@ OTHER = {
     "cuda.operands": "int8",
     "cuda.activations": "fp32",
     "keep": ("transformer_blocks.0.*",),
+    "lora": ("style.safetensors:0.5",),
     "components": {"text_encoder": {"recipe": "t5_w4a8", "formats": {"weight": "INT8"}}},
 }
 ONLY_ONE = {

@@ -253,8 +253,14 @@ def gguf(folder: Path) -> None:
 
 
 FOLDERS: list[tuple[Callable[[Path], None], str]] = [
-    (adapter, "pytorch_lora_weights.safetensors is an adapter, not a model; merge the adapter: load its base"),
-    (peft_adapter, "adapter_config.json is an adapter, not a model; merge the adapter: load its base"),
+    (
+        adapter,
+        "pytorch_lora_weights.safetensors is an adapter, not a model; give the folder of its base model, and",
+    ),
+    (
+        peft_adapter,
+        "adapter_config.json is an adapter, not a model; give the folder of its base model, and",
+    ),
     (gguf, "model.Q4_0.gguf is GGUF; it holds weights that are quantized already; give the float model"),
 ]
 
