@@ -155,11 +155,12 @@ def export_repository(args: argparse.Namespace, answer: Answer) -> int:
     """A bundle as a model repository of Triton Inference Server."""
     from pipeline.triton_server import repository
 
-    bundle = load(args.source, args.threads)
-    name = repository.model_name(bundle)
-    refuse_place(args.triton, "--triton", args.force, {name}.issuperset)
-    with new_folder(args.triton) as partial:
-        repository.write(bundle, partial, args.threads)
+    with located(args.source) as folder:
+        bundle = load_pipeline(folder) if is_pipeline(folder) else load(folder)
+        name = repository.model_name(bundle)
+        refuse_place(args.triton, "--triton", args.force, {name}.issuperset)
+        with new_folder(args.triton) as partial:
+            repository.write(bundle, partial, args.threads)
     text = f"{args.triton}: model {name}, for tritonserver --model-repository; checked, not run in a server"
     answer.document({"event": "result", "path": str(args.triton), "model": name, "run": False}, text)
     return 0

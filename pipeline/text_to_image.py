@@ -57,12 +57,14 @@ STRENGTH = 0.8
 class PipelineOutput:
     """images: a list of PIL pictures, or [B, H, W, C] float32 from 0 to 1, or latents [B, C, h, w]; prompt by prompt.
     seeds: of each picture. interrupted: whether a callback ended the drawing, so that the last pictures are unfinished,
-    or absent. seconds: what each part of the model took, with loading it, by its name."""
+    or absent. seconds: what each part of the model took, with loading it, by its name. warnings: a sentence on each
+    thing that was asked for and left out, as the end of a long prompt."""
 
     images: list[Image] | NDArray[np.float32]
     seeds: tuple[int, ...]
     interrupted: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Pipeline:
@@ -171,7 +173,8 @@ class Pipeline:
             interrupted = drawing.is_interrupted
             for name, taken in drawing.seconds.items():
                 seconds[name] += taken
-        return PipelineOutput(np.concatenate(arrays) if arrays else images, tuple(seeds), interrupted, dict(seconds))
+        shown_images = np.concatenate(arrays) if arrays else images
+        return PipelineOutput(shown_images, tuple(seeds), interrupted, dict(seconds), self.warnings(request))
 
     def _refuse(self, height: int | None, width: int | None, output_type: str, unknown: dict[str, object]) -> None:
         """Raise RecipeError for arguments that this pipeline does not have, or not with these values."""

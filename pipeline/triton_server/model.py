@@ -3,7 +3,8 @@
 Not run in a Triton server by those who wrote it: tested with a stand-in of triton_python_backend_utils.
 
 Each request has PROMPT [n] BYTES, and may have NEGATIVE_PROMPT [n] BYTES, SEED [1] INT64, STEPS [1] INT32 and
-GUIDANCE [1] FP32; it gets IMAGES [n, height, width, channels] UINT8, of prompt i with the seed SEED + i.
+GUIDANCE [1] FP32; it gets IMAGES [n, height, width, channels] UINT8, of prompt i with the seed SEED + i, and WARNINGS
+[m] BYTES, a sentence on each prompt that was too long. One negative prompt is for all.
 """
 
 from __future__ import annotations
@@ -40,24 +41,29 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            images = self._draw(request)
+            images, warnings = self._draw(request)
         except UserError as error:
             return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error)))
         except Exception as error:  # a bug of one request is no reason to end the server's others
             logger.exception("a request failed")
             message = f"internal error, {type(error).__name__}; see the server's log"
             return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(message))
-        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("IMAGES", images)])
+        sentences = np.array([warning.encode() for warning in warnings], object)
+        tensors = [pb_utils.Tensor("IMAGES", images), pb_utils.Tensor("WARNINGS", sentences)]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
 
-    def _draw(self, request: Any) -> Any:
-        """Pictures [n, H, W, C] uint8. Raises UserError for what cannot be drawn."""
+    def _draw(self, request: Any) -> tuple[Any, list[str]]:
+        """Pictures [n, H, W, C] uint8, and what of the prompts is left out. Raises UserError for what cannot be
+        drawn."""
         prompts = _texts(request, "PROMPT") or []
         if not 1 <= len(prompts) <= MOST_PROMPTS:
             raise UserError(f"{len(prompts)} prompts in one request; give 1 to {MOST_PROMPTS}")
         seed = int(_number(request, "SEED", 0))
         steps, guidance = _number(request, "STEPS", None), _number(request, "GUIDANCE", None)
         negative = _texts(request, "NEGATIVE_PROMPT")
-        pictures = []
+        if negative is not None and len(negative) not in (1, len(prompts)):
+            raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+        pictures, warnings = [], dict[str, None]()
         for i, prompt in enumerate(prompts):
             output = self.pipeline(
                 prompt,
@@ -66,8 +72,9 @@ class TritonPythonModel:
                 guidance_scale=None if guidance is None else float(guidance),
                 negative_prompt=None if negative is None else negative[i % len(negative)],
             )
+            warnings |= dict.fromkeys(output.warnings)
             pictures.append(np.atleast_3d(np.asarray(output.images[0])))
-        return np.stack(pictures)
+        return np.stack(pictures), list(warnings)
 
     def finalize(self) -> None:
         """Free the engine."""

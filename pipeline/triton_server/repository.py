@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import RecipeError
+from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.bundle.snapshot import read_verified
-from pipeline.files import MANIFEST_FILE
+from pipeline.files import MANIFEST_FILE, PIPELINE_FILE
+from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.pixel_model import makes_pixels, picture_shape
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
+    from pipeline.bundle.manifest_schema import File
 
 CONFIG, SCRIPT, BUNDLE = "config.pbtxt", "1/model.py", "bundle"
 NOT_RUN = "Written by `ditc export --triton`. Checked against the schema of the server's configuration, not run in one."
@@ -47,12 +50,13 @@ def config(name: str, channels: int, height: int, width: int, threads: int | Non
         for label, kind, dims, optional in INPUTS
     ]
     pictures: Value = {"name": "IMAGES", "data_type": Word("TYPE_UINT8"), "dims": [-1, height, width, channels]}
+    sentences: Value = {"name": "WARNINGS", "data_type": Word("TYPE_STRING"), "dims": [-1]}
     document: dict[str, Value] = {
         "name": name,
         "backend": "python",
         "max_batch_size": 0,
         "input": inputs,
-        "output": [pictures],
+        "output": [pictures, sentences],
         "instance_group": [{"count": 1, "kind": Word("KIND_CPU")}],
     }
     if threads is not None:
@@ -89,33 +93,50 @@ def _scalar(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else json.dumps(value)  # ASCII, as protobuf's own escapes
 
 
-def model_name(bundle: Bundle) -> str:
+def model_name(bundle: Bundle | PipelineBundle) -> str:
     """The engine's, in characters that a folder may have."""
     return re.sub(r"[^\w.-]", "_", bundle.name)
 
 
-def refuse(bundle: Bundle) -> None:
-    """Raise RecipeError for a bundle that the model's script does not draw with."""
+def shape_of(bundle: Bundle | PipelineBundle) -> tuple[int, int, int]:
+    """Channels, height and width of a picture. Raises RecipeError for a bundle that the model's script does not draw
+    with."""
+    if isinstance(bundle, PipelineBundle):
+        with bundle.source() as source:
+            model = LatentModel(source)
+        return model.channels, model.height, model.width
     if not makes_pixels(bundle):
         raise RecipeError(f"{bundle.path} draws no pixels by itself; `Pipeline` does not take it, nor does a server")
+    return picture_shape(bundle)
 
 
-def write(bundle: Bundle, folder: Path, threads: int | None = None) -> str:
+def write(bundle: Bundle | PipelineBundle, folder: Path, threads: int | None = None) -> str:
     """Write the repository into a new folder; returns the model's name. The bundle's files are hashed on their way.
 
     Raises RecipeError for a bundle that the server could not draw with.
     """
-    refuse(bundle)
-    name = model_name(bundle)
-    place = folder / name
+    stated = config(model_name(bundle), *shape_of(bundle), threads)
+    place = folder / model_name(bundle)
     (place / SCRIPT).parent.mkdir(parents=True)
-    stated = config(name, *picture_shape(bundle), threads)
     (place / CONFIG).write_text(f"# {NOT_RUN}\n{text_format(stated)}\n", encoding="utf-8")
     script = resources.files("pipeline.triton_server") / "model.py"
     (place / SCRIPT).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
+    for source, file, row in sealed(bundle):
+        output = place / BUNDLE / (source / file).relative_to(bundle.path)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if row is None:
+            shutil.copyfile(source / file, output)
+            continue
+        with output.open("xb") as opened:
+            read_verified(source, file, row, opened)
+    return model_name(bundle)
+
+
+def sealed(bundle: Bundle | PipelineBundle) -> Iterator[tuple[Path, str, File | None]]:
+    """Every file of a bundle: its folder, its name there, and what the manifest says of it; None of the manifest."""
+    own = PIPELINE_FILE if isinstance(bundle, PipelineBundle) else MANIFEST_FILE
     for file, row in bundle.manifest["files"].items():
-        (place / BUNDLE / file).parent.mkdir(parents=True, exist_ok=True)
-        with (place / BUNDLE / file).open("xb") as output:
-            read_verified(bundle.path, file, row, output)
-    shutil.copyfile(bundle.path / MANIFEST_FILE, place / BUNDLE / MANIFEST_FILE)
-    return name
+        yield bundle.path, file, row
+    for part in bundle.components.values() if isinstance(bundle, PipelineBundle) else ():
+        yield from sealed(part)
+    yield bundle.path, own, None

@@ -9,6 +9,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,15 +20,19 @@ import pytest
 from google.protobuf import text_format
 
 from export.errors import ContractError
+from pipeline.bundle import memory
+from pipeline.bundle.pipeline_bundle import PipelineBundle
 from pipeline.export import main
 from pipeline.files import tree
 from pipeline.generate.pixel_model import PixelModel
 from pipeline.text_to_image import Pipeline
 from pipeline.triton_server import repository
+from tests.bundle.test_pipeline_bundle import write
 from tests.generate.test_generate import GENERATION, make_bundle
 from tests.support import bundles
 from tests.support.hostile import reseal, sentence
 from tests.support.model_config import model_config
+from tests.support.numpy_pipeline import CELL, SIDE, Log, make_source
 
 
 @dataclass
@@ -106,8 +111,9 @@ def level(digit: int) -> int:
 def test_pictures_of_prompts(model: Any) -> None:
     asked = request(PROMPT=np.array([b"0", b"9"], object), SEED=[3], STEPS=np.array([2], np.int32), GUIDANCE=[1.0])
     [response] = model.execute([asked])
-    [images] = response.output_tensors
-    assert response.error is None and images.label == "IMAGES"
+    images, warnings = response.output_tensors
+    assert response.error is None and (images.label, warnings.label) == ("IMAGES", "WARNINGS")
+    assert warnings.values.tolist() == []
     assert images.values.shape == (2, 8, 8, 1) and images.values.dtype == np.uint8
     assert np.abs(images.values[0].astype(int) - level(0)).max() <= 1
     assert np.abs(images.values[1].astype(int) - level(9)).max() <= 1
@@ -130,6 +136,10 @@ def test_what_is_not_given_is_the_model_s_own(model: Any) -> None:
         ({"PROMPT": np.array([b"1"], object), "SEED": [1, 2]}, "SEED has 2 numbers; give one"),
         ({"PROMPT": np.array([b"1"], object), "STEPS": [0]}, "number of denoising steps 0; it must be"),
         ({}, "0 prompts in one request"),
+        (
+            {"PROMPT": np.array([b"1"] * 3, object), "NEGATIVE_PROMPT": np.array([b"1", b"2"], object)},
+            "2 negative prompts for 3 prompts; give one, or one for each",
+        ),
     ],
 )
 def test_a_wrong_request_gets_a_sentence_and_the_next_its_picture(
@@ -192,6 +202,29 @@ def test_the_command_writes_a_repository(pixels: Path, tmp_path: Path, capsys: p
     assert "exists; add --force to replace it, or choose another --triton" in capsys.readouterr().err
     assert main([str(pixels), "--triton", str(out), "--force", "--threads", "3"]) == 0
     assert text_format.Parse((out / "small/config.pbtxt").read_text(), model_config()).parameters
+
+
+def test_a_whole_pipeline_is_written_and_drawn_with(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = write(tmp_path / "pixart")
+    monkeypatch.setattr(PipelineBundle, "source", lambda *_: nullcontext(make_source(tmp_path / "parts", Log())))
+    assert main([str(whole), "--triton", str(tmp_path / "models")]) == 0
+    [place] = (tmp_path / "models").iterdir()
+    assert tree(place / "bundle") == tree(whole)
+    assert all((place / "bundle" / name).read_bytes() == (whole / name).read_bytes() for name in tree(whole))
+    stated = text_format.Parse((place / "config.pbtxt").read_text(), model_config())
+    assert list(stated.output[0].dims) == [-1, SIDE * CELL, SIDE * CELL, 3]
+    monkeypatch.setattr(memory, "refuse_too_large", lambda *_: None)  # its components are no true ones
+    served = script.TritonPythonModel()
+    served.initialize({"model_config": "{}", "model_repository": str(place)})
+    words = b"a red ring " * 200
+    [response] = served.execute([request(PROMPT=np.array([words, b"a cat"], object), STEPS=[2])])
+    images, warnings = response.output_tensors
+    assert images.values.shape == (2, SIDE * CELL, SIDE * CELL, 3)
+    [warning] = warnings.values.tolist()
+    assert b"tokens" in warning
+    served.finalize()
 
 
 def test_what_it_does_not_take(pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
