@@ -155,13 +155,14 @@ class LatentModel:
         """As of PictureModel: on prompts of which a text encoder does not take all, which is named if there are more
         of them."""
         negative = request.negative_prompts if self._scale(request.guidance_scale) > 1 else ()
-        texts = [self.row.prepare(text) for text in dict.fromkeys((*request.prompts, *negative)) if text]
         names = {encoder.component: f"{encoder.component}: " for encoder in self.row.encoders}
-        return tuple(
-            ("" if len(names) == 1 else prefix) + cut.sentence
-            for name, prefix in names.items()
-            for cut in filter(None, self.tokenizers[name].cuts(texts))
-        )
+        sentences = []
+        for name, of_encoder in names.items():
+            for of_kind, asked in (("", request.prompts), ("negative prompt: ", negative)):
+                texts = list(dict.fromkeys(self.row.prepare(text) for text in asked if text))
+                prefix = ("" if len(names) == 1 else of_encoder) + of_kind
+                sentences += [prefix + cut.sentence for cut in self.tokenizers[name].cuts(texts) if cut is not None]
+        return tuple(sentences)
 
     def calls(self, n_steps: int | None = None, strength: float = 1.0) -> int:
         """As of PictureModel."""

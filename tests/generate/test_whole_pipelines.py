@@ -165,6 +165,14 @@ def test_a_prompt_too_long_is_cut_with_a_word(pipeline: Pipeline, caplog: pytest
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_cut_is_said_once_and_of_which_prompt(pipeline: Pipeline) -> None:
+    long = "a red ring " * 100
+    output = pipeline([long, long.upper()], negative_prompt=[long, "a cat"], guidance_scale=2.0, num_inference_steps=1)
+    positive, negative = output.warnings
+    assert negative == f"negative prompt: {positive}"
+    assert not pipeline("a cat", negative_prompt=long, guidance_scale=1.5, num_inference_steps=1).warnings[1:]
+
+
 def test_classes_by_name_number_and_label(tmp_path: Path, log: Log) -> None:
     pipeline = Pipeline(LatentModel(make_source(tmp_path, log, "DiTPipeline")))
     assert pipeline.examples == ("zero", "nought", "last") and pipeline.n_steps == 50
