@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from export.errors import RecipeError
 from export.models.families import MOST_TOKENS
 from export.models.traceable_forms import ComplexPair, joined
 
@@ -40,15 +41,20 @@ MULTIPLE = 32  # of which the number of tokens of a picture, and of a prompt, is
 
 def _packed_z_image(arguments: Arguments) -> dict[str, object]:
     """x: a list of [C, F, H, W]; cap_feats: a list of [tokens, C]. A prompt of all pictures is as long as the longest,
-    and its mask says which tokens of it there are."""
+    and its mask says which tokens of it there are. Raises RecipeError for lists of other things."""
     known = ("x", "t", "cap_feats")
     others = {name: value for name, value in arguments.items() if name not in known and value is not None}
-    prompts = arguments["cap_feats"]
+    latents, prompts = list(arguments["x"]), list(arguments["cap_feats"])
+    if not all(isinstance(part, Tensor) for part in (*latents, *prompts)) or len({row.shape for row in latents}) != 1:
+        raise RecipeError(
+            "x is not a list of latents of one size, or cap_feats not one of prompts; pictures that go into others are "
+            "not compiled, use the float transformer"
+        )
     ones = [prompt.new_ones(len(prompt)) for prompt in prompts]
     return {
-        LATENTS: torch.stack(list(arguments["x"])),
+        LATENTS: torch.stack(latents),
         TIMESTEP: arguments["t"],
-        PROMPTS: pad_sequence(list(prompts), batch_first=True),
+        PROMPTS: pad_sequence(prompts, batch_first=True),
         MASK: pad_sequence(ones, batch_first=True),
         **others,
     }

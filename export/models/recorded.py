@@ -70,9 +70,9 @@ class Learned:
 class Call:
     """How a transformer is called for pictures of one size: `tree` are its arguments, with names of inputs in their
     places and with what all pictures share; of what has a row for each picture one row, of what has one for each token
-    one, or the rows of as many tokens as a prompt may have, where they differ. sizes: how
-    many rows the axes that are named after the picture's size have. pipeline: its class. single: as of Recordings.
-    listed: whether the transformer gives a list with a tensor for each picture."""
+    one, or the rows of as many tokens as a prompt may have, where they differ. sizes: how many rows the axes that are
+    named after the picture's size have. pipeline: its class. single: as of Recordings. listed: whether the transformer
+    gives a list with a tensor for each picture."""
 
     tree: Mapping[str, object]
     inputs: Mapping[Place, Learned]

@@ -127,7 +127,7 @@ SAMPLERS: dict[str, Callable[[int, float], Sampler]] = {
 
 def make_sampler(name: str, n_steps: int, timestep_scale: float = 1000.0) -> Sampler:
     """The sampler called `name`; the model's timestep input runs from about `timestep_scale` down to 0, or
-    up from there."""
+    up to it."""
     if name not in SAMPLERS:
         raise RecipeError(f"sampler {name!r} is unknown; use one of {', '.join(SAMPLERS)}")
     if n_steps < 1:

@@ -223,6 +223,17 @@ def test_positions_that_count_tokens_are_compiled_in_and_others_refused(tmp_path
         call.named({**arguments, "txt_ids": ids.flip(1)})
 
 
+def test_lists_of_other_things_than_pictures_and_prompts_are_refused(recordings: dict[str, Recordings]) -> None:
+    call, latents = recordings["zimage"].call((8, 8)), torch.zeros(4, 1, 8, 8)
+    arguments = {"x": [latents, latents], "t": torch.ones(2), "cap_feats": [torch.ones(3, 24), torch.ones(5, 24)]}
+    named = call.named(arguments)
+    mask = named["encoder_attention_mask"]
+    assert isinstance(mask, torch.Tensor) and mask.sum(dim=1).tolist() == [3, 5]
+    for odd in ([latents, latents[:, :, :4]], [[latents], [latents]]):
+        with pytest.raises(RecipeError, match="x is not a list of latents of one size"):
+            call.named({**arguments, "x": odd})
+
+
 def test_coverage_is_said_in_parameters_and_adds_up(tmp_path: Path) -> None:
     model = recorded_models.saved("sana", tmp_path)
     words = model.coverage()
