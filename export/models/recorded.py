@@ -25,7 +25,7 @@ from export.models.config import RULES, defaults_of
 from export.models.families import MOST_TOKENS, PATCH_EMBED, RECORDED, Config, Family, Input, Tensors
 from export.models.recording import BLOCK, Drawing, Place, Recorded, Recorder, leaves, mapped, recorder_of
 from export.models.torch_modules import use_tabled_timesteps
-from export.models.traceable_forms import traceable_forms, use_prefix, use_real_tables
+from export.models.traceable_forms import traceable_forms, use_forms_in_blocks, use_prefix, use_real_tables
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -448,6 +448,7 @@ class Recordings:
         """Put parts whose code no graph has a form for in forms that one has; call it before weights are given."""
         use_tabled_timesteps(module)
         use_real_tables(module)
+        use_forms_in_blocks(module)
         for prefix in self.recorder.row.prefixes:
             use_prefix(module, prefix)
         if self.recorder.row.batches is not None:

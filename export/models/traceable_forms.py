@@ -10,13 +10,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_map_only
 
 from export.models.families import MOST_TOKENS
 
@@ -76,8 +77,18 @@ class ComplexPair:
         if func is torch.cat and all(isinstance(part, ComplexPair) for part in args[0]):
             named: Mapping[str, Any] = kwargs or {}
             return joined(*args, **named)
-        whole = tree_map_only(ComplexPair, ComplexPair.complex, (tuple(args), dict(kwargs or {})))
+        arguments = (tuple(args), dict(kwargs or {}))
+        whole = tree_map_only(ComplexPair, ComplexPair.complex, arguments, is_leaf=lambda x: isinstance(x, ComplexPair))
         return func(*whole[0], **whole[1])
+
+
+# Whoever takes the arguments of a block apart finds two tensors.
+register_pytree_node(
+    ComplexPair,
+    lambda pair: ([pair.real, pair.imag], None),
+    lambda parts, _: ComplexPair(*parts),
+    flatten_with_keys_fn=lambda pair: ([(GetAttrKey("real"), pair.real), (GetAttrKey("imag"), pair.imag)], None),
+)
 
 
 def joined(pairs: Sequence[ComplexPair], dim: int = 0) -> ComplexPair:
@@ -118,6 +129,30 @@ def traceable_forms() -> Iterator[None]:
     """Within, torch computes in forms that a graph has."""
     with _Forms():
         yield
+
+
+@cache
+def _formed(cls: Any) -> Any:
+    """A class whose forward computes in these forms; the same one for a class, as blocks of one class are alike."""
+
+    class Formed(cls):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            with traceable_forms():
+                return cls.forward(self, *args, **kwargs)
+
+    Formed.__name__, Formed.__qualname__ = cls.__name__, cls.__qualname__
+    return Formed
+
+
+def use_forms_in_blocks(module: nn.Module) -> None:
+    """Let repeated blocks compute in these forms when they run alone, too, as calibration runs them."""
+    for child in module.children():
+        if not isinstance(child, nn.ModuleList):
+            use_forms_in_blocks(child)
+            continue
+        for block in child:
+            if not isinstance(block, nn.Linear):
+                block.__class__ = _formed(type(block))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_leaves
 
 from export.models.traceable_forms import (
     ComplexPair,
     Prefix,
     joined,
     traceable_forms,
+    use_forms_in_blocks,
     use_prefix,
     use_real_tables,
 )
@@ -62,6 +64,20 @@ def test_a_mask_of_truth_values_leaves_out_what_it_left_out() -> None:
     torch.testing.assert_close(result, expected)
     assert torch.equal(there, mask[:, 0, 0])
     assert not torch.equal(expected, scaled_dot_product_attention(query, key, value))
+
+
+def test_blocks_that_run_alone_compute_in_these_forms_and_keep_their_kind() -> None:
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return torch.view_as_complex(x)
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block(), nn.Linear(2, 2)])})
+    use_forms_in_blocks(model)
+    one, other, linear = model["blocks"]
+    assert type(one) is type(other) and type(one).__name__ == "Block" and type(linear) is nn.Linear
+    pair = one(torch.ones(3, 2))
+    assert isinstance(pair, ComplexPair)
+    assert [part.shape for part in tree_leaves({"table": pair})] == [(3,), (3,)]
 
 
 class _Positions(nn.Module):
