@@ -152,7 +152,8 @@ def use_forms_in_blocks(module: nn.Module) -> None:
             continue
         for block in child:
             if not isinstance(block, nn.Linear):
-                block.__class__ = _formed(type(block))
+                cls: Any = type(block)
+                block.__class__ = _formed(cls)
 
 
 @dataclass(frozen=True)
