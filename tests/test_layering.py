@@ -36,6 +36,7 @@ HEAVY = {
 DEFINES_TORCH_MODULES = {
     "export/models/attention_calls.py",
     "export/models/autoencoder_modules.py",
+    "export/models/batches.py",
     "export/models/bert_modules.py",
     "export/models/causal_modules.py",
     "export/models/clip_modules.py",
@@ -44,6 +45,7 @@ DEFINES_TORCH_MODULES = {
     "export/models/t5_modules.py",
     "export/models/text_modules.py",
     "export/models/torch_modules.py",
+    "export/models/traceable_forms.py",
     "export/trace.py",
     "pipeline/backends/reference.py",
     "pipeline/generate/diffusers_adapter.py",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from export.models import load as models
+from export.models import recording
 from export.models.recording import Drawing
 from export.models.torch_modules import set_resolution
 from pipeline import __main__ as cli
@@ -20,7 +22,10 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 HEIGHT, WIDTH = recorded_models.SIZE
 
 
-@pytest.fixture(scope="module", params=["sd35", "flux", "sana", "wan", "latte", "auraflow", "cogview4"])
+@pytest.fixture(
+    scope="module",
+    params=["sd35", "flux", "sana", "wan", "latte", "auraflow", "cogview4", "qwen", "zimage", "hunyuan_video", "flux2"],
+)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a model and of its bundle."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -59,9 +64,12 @@ def test_its_pipeline_draws_with_the_engine_what_it_draws_with_the_float_model(b
 
 
 def test_a_class_that_fixes_the_number_of_tokens_is_refused_before_work_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded_models.saved("qwen", tmp_path)
+    class_name = recorded_models.MODELS["qwen"][0]
+    monkeypatch.setitem(recording.ROWS, class_name, replace(recording.ROWS[class_name], prefixes=()))
+    recording._recorder.cache_clear()
+    recorded_models.save("qwen", tmp_path / "qwen")
     flags = ["--engine", "pixart_w4a8", "-m", str(tmp_path / "qwen"), "--target", "cpu", "-o", str(tmp_path / "e")]
     assert cli.main(["build", *flags, "--height", str(HEIGHT), "--width", str(WIDTH), "--set", "method=rtn"]) == 2
     answer = capsys.readouterr().out

@@ -1,7 +1,8 @@
 """Which classes of diffusers go the whole way: `python -m benchmarks.families` writes benchmarks/results/families.json.
 
 Of each class a tiny random model is built by every method, proven by the build's own gates, and drawn with in its
-pipeline in the place of the transformer; or the words that refuse it are written down.
+pipeline in the place of the transformer; or the words that refuse it are written down. With --models only these rows
+are measured anew; each row says of which commit it is.
 """
 
 from __future__ import annotations
@@ -83,10 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), metavar="METHOD")
     parser.add_argument("--output-dir", type=Path, default=record.RESULTS, metavar="DIR", help="of the JSON")
     arguments = record.parsed(parser, argv)
-    rows: Json = {}
+    known = record.read(arguments.output_dir / f"{NAME}.json", {"models": {}})
+    rows: Json = {name: {"commit": known.get("commit")} | row for name, row in known["models"].items()}
     for name in track(arguments.models, len(arguments.models), "families"):
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = measured(name, arguments.methods, Path(folder))
+            rows[name] = measured(name, arguments.methods, Path(folder)) | {"commit": record.commit()}
+    rows = {name: rows[name] for name in MODELS if name in rows}
     document = {"size": list(SIZE), "guidance_scale": GUIDANCE, "n_steps": N_STEPS, "recipe": RECIPE, "models": rows}
     print(record.write(NAME, document, arguments.output_dir))
 

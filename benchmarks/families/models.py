@@ -88,7 +88,7 @@ MODELS: dict[str, tuple[str, Config]] = {
     ),
     "Z-Image": (
         "ZImageTransformer2DModel",
-        {"in_channels": 4, "dim": 64, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        {"in_channels": 4, "dim": 96, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3,
          "cap_feat_dim": 24, "axes_dims": [8, 8, 16]},
     ),
     "Lumina 2": (

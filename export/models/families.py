@@ -50,9 +50,10 @@ class Input:
     """One model input. `shape` mixes numbers with "batch", "tokens", "height", "width" (cells) and "patches".
 
     `fill` says what a sample holds; "class:N" draws classes below N, "ids:N" numbers of tokens below N, "upto:N"
-    numbers from 0 to N; "timestep" a step of a thousand, "timestep:1" the same as a part of all. implied: a caller may
-    leave it away, its value follows from the picture's size. least_side: height and width stay dynamic, and this is the
-    least of them that a trace is told of; None: they are fixed.
+    numbers from 0 to N; "timestep" a step of a thousand, "timestep:1" the same as a part of all; "mask:1" a mask of
+    prompts that have a token at least, "mask" of any. implied: a caller may leave it away, its value follows from the
+    picture's size. least_side: height and width stay dynamic, and this is the least of them that a trace is told of;
+    None: they are fixed.
     """
 
     name: str

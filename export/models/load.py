@@ -365,7 +365,7 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
     import torch
 
     from export.models.autoencoder_modules import exportable_half
-    from export.models.torch_modules import set_resolution, use_masked_attention, use_tabled_timesteps
+    from export.models.torch_modules import set_resolution, use_masked_attention
 
     if family.library == "transformers":
         return _build_text_encoder(family, config, path, files)
@@ -386,7 +386,7 @@ def _build(family: Family, config: Config, path: Path, files: WeightsFiles | Non
     use_masked_attention(module)
     module = _with_tables(module, cls, known)
     if family.recordings is not None:
-        use_tabled_timesteps(module)
+        family.recordings.make_traceable(module)
     return module
 
 

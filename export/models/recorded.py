@@ -22,8 +22,10 @@ from export.documents import read_json, shown
 from export.errors import ModelError, RecipeError
 from export.models.config import FILE as CONFIG
 from export.models.config import RULES, defaults_of
-from export.models.families import PATCH_EMBED, RECORDED, Config, Family, Input, Tensors
+from export.models.families import MOST_TOKENS, PATCH_EMBED, RECORDED, Config, Family, Input, Tensors
 from export.models.recording import BLOCK, Drawing, Place, Recorded, Recorder, leaves, mapped, recorder_of
+from export.models.torch_modules import use_tabled_timesteps
+from export.models.traceable_forms import traceable_forms, use_forms_in_blocks, use_prefix, use_real_tables
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,9 +47,11 @@ ENDINGS = (
     (r".*(attn2|cross_attn)\.to_q", "cross.q"),
     (r".*(attn2|cross_attn)\.to_[kv]", "cross.kv"),
     (r".*(attn2|cross_attn)\.to_out\.0", "cross.out"),
-    (r".*attn1?\.(to_[qkv]|to_qkv|add_[qkv]_proj)", "attn.qkv"),
-    (r".*attn1?\.(to_out\.0|to_add_out)", "attn.out"),
+    (r".*(attn1?|attention)\.(to_[qkv]|to_qkv|add_[qkv]_proj)", "attn.qkv"),
+    (r".*(attn1?|attention)\.(to_out\.0|to_add_out)", "attn.out"),
     (r".*(ff|ffn|mlp)(_context)?\.(net\.0\.proj|fc1|linear_[12]|linear_in)", "ff.in"),
+    (r".*feed_forward\.w[13]", "ff.in"),
+    (r".*feed_forward\.w2", "ff.out"),
     (r".*(ff|ffn|mlp)(_context)?\.(net\.2|fc2|out_projection|linear_out)", "ff.out"),
     (r".*", "other"),
 )
@@ -65,8 +69,10 @@ class Learned:
 @dataclass(frozen=True)
 class Call:
     """How a transformer is called for pictures of one size: `tree` are its arguments, with names of inputs in their
-    places and with what all pictures share; of what has a row for each picture, or for each token, one row. sizes: how
-    many rows the axes that are named after the picture's size have. pipeline: its class. single: as of Recordings."""
+    places and with what all pictures share; of what has a row for each picture one row, of what has one for each token
+    one, or the rows of as many tokens as a prompt may have, where they differ. sizes: how many rows the axes that are
+    named after the picture's size have. pipeline: its class. single: as of Recordings. listed: whether the transformer
+    gives a list with a tensor for each picture."""
 
     tree: Mapping[str, object]
     inputs: Mapping[Place, Learned]
@@ -75,6 +81,7 @@ class Call:
     sizes: Mapping[str, int]
     pipeline: str
     single: Callable[[Mapping[str, object]], Mapping[str, object]]
+    listed: bool
 
     def arguments(self, inputs: Tensors) -> dict[str, object]:
         """The arguments for inputs of a batch."""
@@ -99,7 +106,10 @@ class Call:
             tensor = leaf.to(dtype) if leaf.is_floating_point() else leaf
             if place in self.per_token:
                 axis = 1 if place in self.per_picture else 0
-                tensor = tensor.expand(*tensor.shape[:axis], tokens, *tensor.shape[axis + 1 :])
+                if tensor.shape[axis] > 1:
+                    tensor = tensor.narrow(axis, 0, tokens)
+                else:
+                    tensor = tensor.expand(*tensor.shape[:axis], tokens, *tensor.shape[axis + 1 :])
             return tensor.expand(batch, *tensor.shape[1:]) if place in self.per_picture else tensor
 
         result: dict[str, object] = mapped(self.tree, filled)
@@ -112,12 +122,21 @@ class Call:
         for place, leaf in leaves(self.single(arguments)):
             if place in self.inputs:
                 result[self.inputs[place].row.name] = leaf
-            elif leaf is not None and not _agrees(leaf, known.get(place)):
+            elif leaf is not None and not _agrees(leaf, self._rows_for(leaf, place, known.get(place))):
                 raise RecipeError(
                     f"{_name(place)} is not what the engine was compiled with, which is what {self.pipeline} gives for "
                     "this size; call the pipeline with its own settings, or use the float transformer"
                 )
         return result
+
+    def _rows_for(self, leaf: object, place: Place, known: object) -> object:
+        """Of what is known at a place, the rows of as many tokens as a caller's leaf has."""
+        axis = 1 if place in self.per_picture else 0
+        if place not in self.per_token or not isinstance(known, torch.Tensor) or known.shape[axis] == 1:
+            return known
+        shape = _shape(leaf)
+        fits = len(shape) == known.ndim and shape[axis] <= known.shape[axis]
+        return known.narrow(axis, 0, shape[axis]) if fits else known
 
 
 class Recordings:
@@ -149,7 +168,7 @@ class Recordings:
     @cached_property
     def unit(self) -> int:
         """Pixels that a picture's sides are multiples of: of a token, which is a cell or a square of cells."""
-        patch = self.config.get("patch_size")
+        patch = self.config.get("patch_size", self.recorder.row.patch)
         side = max(patch[1:]) if isinstance(patch, list | tuple) else patch
         (latents,) = self._one(self.noise, LATENTS_HANG)
         packed = not {"height", "width"} <= set(self.axes[latents])
@@ -166,8 +185,10 @@ class Recordings:
         return dict(leaves(self.single(self.recorded(drawing).calls[step])))
 
     def single(self, arguments: Mapping[str, object]) -> dict[str, object]:
-        """The arguments with one item where the code reads one of several equal ones."""
-        result = dict(arguments)
+        """The arguments with tensors in the places of lists, and one item where the code reads one of several equal
+        ones."""
+        batches = self.recorder.row.batches
+        result = dict(arguments) if batches is None else batches.packed(arguments)
         for name in self.recorder.row.single:
             items = result.get(name)
             if isinstance(items, list | tuple):
@@ -291,7 +312,7 @@ class Recordings:
                 rows.append(self._row(place, _name(place), "normal"))
             elif place in self.masks:
                 self._refuse_bias(place)
-                rows.append(self._row(place, _name(place), "mask"))
+                rows.append(self._row(place, _name(place), "mask:1" if self.recorder.row.prompted else "mask"))
             elif place in self.guidance:
                 rows.append(self._row(place, _name(place), "upto:10"))
         return tuple(rows)
@@ -336,7 +357,12 @@ class Recordings:
 
         flows = isinstance(self.recorder.pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
         (row,) = (each.row for each in self.learned if each.row.name == TIMESTEP)
-        return "flow_euler" if flows or self.recorder.row.flows else "ddim", 1000.0 if row.fill == "timestep" else 1.0
+        scale = 1000.0 if row.fill == "timestep" else 1.0
+        if not (flows or self.recorder.row.flows):
+            return "ddim", scale
+        (timestep,) = (each.place for each in self.learned if each.row is row)
+        first, second = (float(torch.as_tensor(self.leaves(self.drawing(), step)[timestep]).max()) for step in (0, 1))
+        return "flow_euler" if first > second else "flow_euler_rising", scale
 
     @property
     def is_told_guidance(self) -> bool:
@@ -370,12 +396,12 @@ class Recordings:
                     f"{self.class_name}: its argument {_name(place)} counts pictures and tokens in axes {names}; one "
                     "that all pictures share has pictures first, then tokens"
                 )
-            self._refuse_differing(place)
             if names[:1] == ("batch",):
                 per_picture.add(place)
             if "tokens" in names:
                 per_token.add(place)
-                leaf = leaf.narrow(names.index("tokens"), 0, 1)
+                leaf = self._of_tokens(cells, place, leaf)
+            self._refuse_differing(place)
             return leaf
 
         sizes = {
@@ -384,23 +410,49 @@ class Recordings:
             if isinstance(name, str) and name not in ("batch", "tokens")
         }  # fmt: skip
         name = self.recorder.pipeline_class.__name__
-        return Call(mapped(tree, kept), inputs, frozenset(per_picture), frozenset(per_token), sizes, name, self.single)
+        listed = self.recorder.row.batches is not None
+        filled = mapped(tree, kept)
+        return Call(filled, inputs, frozenset(per_picture), frozenset(per_token), sizes, name, self.single, listed)
+
+    def _of_tokens(self, cells: Size, place: Place, leaf: Tensor) -> Tensor:
+        """What stands at a place for one token where all share it, else for as many as a prompt may have."""
+        axis = self.axes[place].index("tokens")
+        one = leaf.narrow(axis, 0, 1)
+        if torch.equal(one.expand_as(leaf), leaf):
+            return one
+        whole = self.leaves(self.drawing(cells, pictures=1, ragged=False, tokens=MOST_TOKENS))[place]
+        assert isinstance(whole, torch.Tensor)
+        return whole
 
     def _refuse_differing(self, place: Place) -> None:
-        """Raise ModelError unless all pictures, and all tokens, share what stands at a place."""
+        """Raise ModelError unless all pictures share what stands at a place, and prompts of any length what stands
+        there for their first tokens."""
         more = (self.drawing(), self.drawing(pictures=MORE_PICTURES), self.drawing(tokens=MORE_TOKENS))
         rows = []
         for leaf in (self.leaves(drawing)[place] for drawing in more):
             assert isinstance(leaf, torch.Tensor)
             row = leaf
             for axis, name in enumerate(self.axes[place]):
-                row = row.narrow(axis, 0, 1) if name in ("batch", "tokens") else row
-            rows.append((row, torch.equal(row.expand_as(leaf), leaf)))
+                row = row.narrow(axis, 0, 1) if name == "batch" else row
+            same = torch.equal(row.expand_as(leaf), leaf)
+            if "tokens" in self.axes[place]:
+                row = row.narrow(self.axes[place].index("tokens"), 0, TOKENS)
+            rows.append((row, same))
         if not all(same and torch.equal(row, rows[0][0]) for row, same in rows):
             raise ModelError(
-                f"{self.class_name}: its argument {_name(place)} differs from picture to picture, or from token to "
-                "token; only one that is the same for all is compiled"
+                f"{self.class_name}: its argument {_name(place)} differs from picture to picture, or for a token with "
+                "the prompt's length; only one that is the same for all is compiled"
             )
+
+    def make_traceable(self, module: nn.Module) -> None:
+        """Put parts whose code no graph has a form for in forms that one has; call it before weights are given."""
+        use_tabled_timesteps(module)
+        use_real_tables(module)
+        use_forms_in_blocks(module)
+        for prefix in self.recorder.row.prefixes:
+            use_prefix(module, prefix)
+        if self.recorder.row.batches is not None:
+            self.recorder.row.batches.prepare(module)
 
     def sizes(self, cells: Size) -> Mapping[str, int]:
         """As of the call."""
@@ -499,21 +551,25 @@ def _pixels_of(config: Mapping[str, object]) -> object:
 
 def _family(recordings: Recordings) -> Family:
     rows = tuple(each.row for each in recordings.learned)
-    recorder = recordings.recorder
+    recorder, batches = recordings.recorder, recordings.recorder.row.batches
     quantized, once = _by_kind({path: rows for path, rows in recorder.rows.items() if path not in recorder.repeated})
 
     def call(module: nn.Module, inputs: Tensors) -> Tensor:
         call = recordings.call(module.drawn_cells)
-        output: Tensor = module(**call.arguments(inputs), return_dict=False)[0]
-        return output
+        with traceable_forms():
+            if batches is not None:
+                return batches.call(module, **call.arguments(inputs))
+            output: Tensor = module(**call.arguments(inputs), return_dict=False)[0]
+            return output
 
     return Family(
         name=RECORDED,
         class_name=recordings.class_name,
         matches=lambda _: True,
-        quantized=quantized,
+        quantized=tuple((_but(recorder.idle, pattern), kind) for pattern, kind in quantized),
         kept=(
             PATCH_EMBED,
+            *((re.escape(path), "no output hangs on what it gives") for path in recorder.idle),
             *((pattern, "runs once per picture: its error reaches every token") for pattern in once),
             *((pattern, "not run when its pipeline draws") for pattern in _patterns(recorder.not_run)),
             *((pattern, SEVERAL) for pattern in _patterns(sorted(recorder.repeated))),
@@ -541,6 +597,12 @@ def _by_kind(rows: Mapping[str, bool]) -> tuple[tuple[tuple[str, str], ...], tup
         else:
             once[pattern] = None
     return tuple(quantized.items()), tuple(once)
+
+
+def _but(paths: Iterable[str], pattern: str) -> str:
+    """The pattern, of all but these paths."""
+    left_out = "|".join(rf"{re.escape(path)}$" for path in paths if re.fullmatch(pattern, path))
+    return f"(?!{left_out}){pattern}" if left_out else pattern
 
 
 def _patterns(paths: Iterable[str]) -> list[str]:

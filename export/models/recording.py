@@ -24,8 +24,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from export.errors import ModelError
+from export.models.batches import PATCH, Z_IMAGE, Batches
 from export.models.config import REFUSALS
 from export.models.families import Config
+from export.models.traceable_forms import Prefix
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -54,12 +56,23 @@ OTHER_USES = re.compile(
 class Row:
     """What of a class cannot be learned. arguments: of its pipeline, by the configuration. single: arguments of the
     transformer that hold one equal item for each picture, of which its code reads the first. listed: whether the
-    pipeline takes embedded prompts as a list. flows: whether it is a rectified flow, whatever its scheduler's class."""
+    pipeline takes embedded prompts as a list. flows: whether it is a rectified flow, whatever its scheduler's class.
+    prefixes: parts of it whose code would fix the number of tokens. prompted: whether a prompt must have a token, as
+    its code makes NaN of none, or fails. batches: how it is called with tensors where it takes lists. unguided: the
+    guidance scale at which its pipeline draws without guidance, and above which every scale is as much larger as of
+    others. side: pixels of a picture's side where a caller names none, and patch: cells of a token's side, where
+    neither its pipeline nor its configuration says them."""
 
     arguments: Callable[[Config], Mapping[str, object]] = lambda config: {}
     single: tuple[str, ...] = ()
     listed: bool = False
     flows: bool = False
+    prefixes: tuple[Prefix, ...] = ()
+    prompted: bool = False
+    batches: Batches | None = None
+    unguided: float = 1.0
+    side: int | None = None
+    patch: int | None = None
 
 
 ROWS: Mapping[str, Row] = {
@@ -68,15 +81,19 @@ ROWS: Mapping[str, Row] = {
         lambda config: {"video_length": config.get("video_length", 16), "mask_feature": False}
     ),
     "SanaTransformer2DModel": Row(flows=True),
-    "QwenImageTransformer2DModel": Row(single=("img_shapes",)),
-    "ZImageTransformer2DModel": Row(lambda config: {"guidance_scale": 0.0}, listed=True),  # guided above 0
+    "HunyuanVideoTransformer3DModel": Row(prompted=True),
+    "QwenImageTransformer2DModel": Row(
+        single=("img_shapes",), prefixes=(Prefix("pos_embed", "max_txt_seq_len", table=1),)
+    ),
+    "ZImageTransformer2DModel": Row(listed=True, prompted=True, batches=Z_IMAGE, unguided=0.0, side=1024, patch=PATCH),
 }
 
 
 @dataclass(frozen=True)
 class Drawing:
     """What is drawn: sizes, and seeds of latents and of prompts. height, width: in pixels, 0 for the pipeline's own.
-    ragged: whether masks leave the second half of the first prompt out."""
+    guidance_scale: 1 for none. ragged: whether the second half of the first prompt is left out, by masks or where
+    prompts are a list."""
 
     pictures: int = 2
     tokens: int = 10
@@ -121,7 +138,7 @@ class Recorder:
     """The pipeline of a transformer's class, ready to be called.
 
     rows: path of every linear -> whether its input has rows of tokens, which the first recording finds out. repeated:
-    paths of those that run several times in a call.
+    paths of those that run several times in a call. reaching: of those whose results reach the output.
     """
 
     def __init__(self, class_name: str, config: Config) -> None:
@@ -131,7 +148,8 @@ class Recorder:
         self.float_class = getattr(diffusers, class_name)
         self.pipeline_class = pipeline_class(class_name)
         self.row = ROWS.get(class_name, Row())
-        self.config, self.rows, self.repeated = config, dict[str, bool](), set[str]()
+        self.config, self.rows = config, dict[str, bool]()
+        self.repeated, self.reaching = set[str](), set[str]()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._calls: list[Mapping[str, object]] = []
         self._output: tuple[int, ...] = ()
@@ -172,13 +190,14 @@ class Recorder:
             device = property(lambda _: torch.device("cpu"))
             dtype = property(lambda _: torch.float32)
 
-            def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor]:
+            def forward(self, *args: object, **kwargs: object) -> tuple[object]:
                 bound = signature.bind(self, *args, **kwargs).arguments
                 arguments = {name: value for name, value in bound.items() if name not in ("self", "return_dict")}
                 recorder._calls.append(mapped(arguments, _copied))
                 if not recorder._output:
                     recorder._output = recorder._shape(arguments)
-                return (torch.zeros(recorder._output),)
+                zeros = torch.zeros(recorder._output)
+                return (zeros if recorder.row.batches is None else list(zeros),)
 
         StandIn.__name__ = self.float_class.__name__
         self.module.__class__ = StandIn
@@ -192,8 +211,11 @@ class Recorder:
 
         self._runs.clear()
         try:
-            with torch.no_grad(), self.fake, _silent(FAKE_LOGGER):
+            with torch.enable_grad(), self.fake, _silent(FAKE_LOGGER):
                 output = self.float_class.forward(self.module, **mapped(arguments, fake), return_dict=False)
+                first = output[0] if isinstance(output, list | tuple) else output
+                if self.row.batches is not None:
+                    first = torch.stack(first)
         except NUMBERS_NEEDED as error:
             raise ModelError(
                 f"{self.float_class.__name__}: its forward reads sizes from the numbers in its inputs ({error}), so no "
@@ -205,30 +227,34 @@ class Recorder:
                 f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
             ) from error
         self.repeated |= {path for path, runs in self._runs.items() if runs > 1}
-        first = output[0] if isinstance(output, list | tuple) else output
         if not isinstance(first, torch.Tensor):
             raise ModelError(
                 f"{self.float_class.__name__} gives a {type(first).__name__} of tensors, one for each picture; only "
                 "models that give one tensor of all pictures are compiled"
             )
+        reached = _reached(first)
+        self.reaching |= {path for path, part in _linears(self.module) if id(part.weight) in reached}
         return tuple(first.shape)
 
     def _watch_linears(self) -> None:
-        for path, part in self.module.named_modules():
-            if isinstance(part, nn.Linear):
+        for path, part in _linears(self.module):
 
-                def see(_: nn.Module, args: tuple[torch.Tensor, ...], path: str = path) -> None:
-                    rows = args[0].ndim > 2 and args[0].shape[1:-1].numel() > 1
-                    self.rows[path] = self.rows.get(path, False) or rows
-                    self._runs[path] += 1
+            def see(_: nn.Module, args: tuple[torch.Tensor, ...], path: str = path) -> None:
+                rows = args[0].ndim > 2 and args[0].shape[1:-1].numel() > 1
+                self.rows[path] = self.rows.get(path, False) or rows
+                self._runs[path] += 1
 
-                part.register_forward_pre_hook(see)
+            part.register_forward_pre_hook(see)
 
     @property
     def not_run(self) -> list[str]:
         """Paths of the linears in repeated blocks that no recording has come through."""
-        linears = (path for path, part in self.module.named_modules() if isinstance(part, nn.Linear))
-        return [path for path in linears if path not in self.rows and BLOCK.fullmatch(path)]
+        return [path for path, _ in _linears(self.module) if path not in self.rows and BLOCK.fullmatch(path)]
+
+    @property
+    def idle(self) -> list[str]:
+        """Paths of those that run for nothing: no output hangs on what they give."""
+        return [path for path in self.rows if path not in self.reaching]
 
     # --- what it is called with --------------------------------------------------------------------------------------
 
@@ -246,6 +272,8 @@ class Recorder:
         sides = tuple(self.arguments[name].default for name in ("height", "width"))
         if all(isinstance(side, int) for side in sides):
             return sides[0], sides[1]
+        if self.row.side is not None:
+            return self.row.side, self.row.side
         cells = getattr(self.pipe, "default_sample_size", None) or self.config.get("sample_size")
         if isinstance(cells, int):
             return cells * self.pixels_per_cell, cells * self.pixels_per_cell
@@ -262,7 +290,7 @@ class Recorder:
         wanted: dict[str, object] = {
             "height": drawing.height or self.own_size[0],
             "width": drawing.width or self.own_size[1],
-            "guidance_scale": drawing.guidance_scale,
+            "guidance_scale": drawing.guidance_scale - 1 + self.row.unguided,
             "num_inference_steps": N_STEPS,
             "output_type": "latent",
             "generator": torch.Generator().manual_seed(drawing.noise_seed),
@@ -310,8 +338,31 @@ class Recorder:
                 )
             rows = () if own.startswith("pooled") else (drawing.tokens,)
             embedded = torch.randn(drawing.pictures, *rows, width, generator=generator)
-            given[name] = list(embedded) if self.row.listed else embedded
+            if self.row.listed:
+                lengths = [drawing.tokens] * drawing.pictures
+                lengths[0] = drawing.tokens // 2 if drawing.ragged else drawing.tokens
+                given[name] = [prompt[:length] for prompt, length in zip(embedded, lengths, strict=True)]
+            else:
+                given[name] = embedded
         return given
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(path, part) for path, part in module.named_modules() if isinstance(part, nn.Linear)]
+
+
+def _reached(output: torch.Tensor) -> set[int]:
+    """Identities of the parameters that a tensor hangs on, by its graph of derivatives."""
+    nodes, seen, found = [output.grad_fn], set[object](), set[int]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            found.add(id(variable))
+        nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def _copied(_: Place, leaf: object) -> object:

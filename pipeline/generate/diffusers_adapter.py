@@ -177,7 +177,8 @@ class EngineTransformer(ModelMixin, ConfigMixin):
         inputs = {row.name: self._tensor(row, named, hidden) for row in self.rows}
         self._refuse_shapes(inputs)
         sample = self._run(inputs).to(hidden.device, hidden.dtype)
-        return Transformer2DModelOutput(sample=sample) if as_dict else (sample,)
+        result: Any = list(sample) if self.call is not None and self.call.listed else sample
+        return Transformer2DModelOutput(sample=result) if as_dict else (result,)
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         run_tensors = getattr(self.engine, "run_tensors", None)
@@ -202,7 +203,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):
 
     def _filled(self, row: Input, named: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """What stands for an input that the caller left away."""
-        if row.fill == "mask":
+        if row.fill_kind == "mask":
             tokens = named["encoder_hidden_states"].shape[1] if row.shape[1] == "tokens" else row.shape[1]
             return torch.ones(len(hidden), int(tokens))
         if row.fill == "zeros":

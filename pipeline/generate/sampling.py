@@ -80,6 +80,21 @@ def flow_euler(n_steps: int, timestep_scale: float) -> Sampler:
     return Sampler("flow_euler", (times[:-1] * timestep_scale).astype(np.float32), advance, estimate, noised)
 
 
+def flow_euler_rising(n_steps: int, timestep_scale: float) -> Sampler:
+    """The same steps of a model that counts time from noise to data, and predicts data - noise."""
+    falling = flow_euler(n_steps, 1.0)
+    times = np.linspace(0.0, 1.0, n_steps + 1)[:-1]
+
+    def advance(x: FloatArray, velocity: FloatArray, i: int) -> FloatArray:
+        return falling.advance(x, -velocity, i)
+
+    def estimate(x: FloatArray, velocity: FloatArray, i: int) -> FloatArray:
+        return falling.estimate(x, -velocity, i)
+
+    timesteps = (times * timestep_scale).astype(np.float32)
+    return Sampler("flow_euler_rising", timesteps, advance, estimate, falling.noised)
+
+
 def ddim(n_steps: int, timestep_scale: float) -> Sampler:
     """DDIM (arXiv 2010.02502, eta 0) on linear betas, timesteps spaced as diffusers' "leading"; predicts the noise."""
     if n_steps > TRAIN_STEPS:
@@ -105,11 +120,14 @@ def ddim(n_steps: int, timestep_scale: float) -> Sampler:
     return Sampler("ddim", (times * (timestep_scale / TRAIN_STEPS)).astype(np.float32), advance, estimate, noised)
 
 
-SAMPLERS: dict[str, Callable[[int, float], Sampler]] = {"flow_euler": flow_euler, "ddim": ddim}
+SAMPLERS: dict[str, Callable[[int, float], Sampler]] = {
+    "flow_euler": flow_euler, "flow_euler_rising": flow_euler_rising, "ddim": ddim,
+}  # fmt: skip
 
 
 def make_sampler(name: str, n_steps: int, timestep_scale: float = 1000.0) -> Sampler:
-    """The sampler called `name`; the model's timestep input runs from about `timestep_scale` down to 0."""
+    """The sampler called `name`; the model's timestep input runs from about `timestep_scale` down to 0, or
+    up to it."""
     if name not in SAMPLERS:
         raise RecipeError(f"sampler {name!r} is unknown; use one of {', '.join(SAMPLERS)}")
     if n_steps < 1:

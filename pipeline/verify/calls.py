@@ -163,8 +163,9 @@ def _pictures(spec: PoolSpec, model: LoadedModel, case: Case, times: Sequence[fl
         value = inputs[row.name]
         if row.fill_kind == "timestep":
             value = np.minimum(np.array(times) * (case.timestep_scale / 1000), top)
-        elif row.fill == "mask":
+        elif row.fill_kind == "mask":
             value = _masks(value.shape, spec.first_mask)
+            value[:, 0] = np.maximum(value[:, 0], float(row.fill == "mask:1"))
         elif row.fill.startswith("class:"):
             value = _labels(spec, int(row.fill.partition(":")[2]), len(times))
         elif row.fill in SIZES:
@@ -303,7 +304,7 @@ def state_result(
         arrays[name][...] = value
     repeats.judged(in_place, outputs[1])
 
-    masked = {row.name: _half(changed[2].inputs[row.name]) for row in model.inputs if row.fill == "mask"}
+    masked = {row.name: _half(changed[2].inputs[row.name]) for row in model.inputs if row.fill_kind == "mask"}
     unmasked = variation(Setting.MASK_ALONE, changed[2])
     other_mask = replace(unmasked, inputs=unmasked.inputs | masked)
     of_other_mask = repeats.output(other_mask)

@@ -30,6 +30,17 @@ def test_flow_of_straight_paths_ends_at_the_data():
     np.testing.assert_allclose(sampler.timesteps, 1000 * (1 - np.arange(7) / 7), rtol=1e-6)
 
 
+def test_time_that_rises_goes_the_same_way_with_the_opposite_velocity():
+    latents, velocity = random(0), random(1)
+    falling, rising = make_sampler("flow_euler", 5, 1.0), make_sampler("flow_euler_rising", 5, 1.0)
+    np.testing.assert_allclose(rising.timesteps, 1 - falling.timesteps, atol=2.0**-23)
+    for step in range(5):
+        for one, other in zip(
+            rising.step(latents, -velocity, step), falling.step(latents, velocity, step), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_ddim_is_diffusers_ddim():
     from diffusers import DDIMScheduler
 
@@ -113,9 +124,10 @@ def test_every_call_is_shown_and_the_state_stays_float32():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_timesteps_fall_and_scale(name):
+def test_timesteps_go_one_way_and_scale(name):
     plain, scaled = make_sampler(name, 10), make_sampler(name, 10, 1.0)
-    assert (np.diff(plain.timesteps) < 0).all() and plain.n_steps == 10
+    sign = 1 if name == "flow_euler_rising" else -1
+    assert (sign * np.diff(plain.timesteps) > 0).all() and plain.n_steps == 10
     np.testing.assert_allclose(scaled.timesteps * 1000, plain.timesteps, rtol=1e-6)
 
 

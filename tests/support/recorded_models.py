@@ -14,9 +14,10 @@ __all__ = ["MODELS", "REFUSED", "SIZE", "draw", "save", "saved", "stated"]
 NAMES = {
     "sd3": "Stable Diffusion 3", "sd35": "Stable Diffusion 3.5", "flux": "FLUX.1", "sana": "Sana",
     "qwen": "Qwen-Image", "auraflow": "AuraFlow", "cogview4": "CogView4", "wan": "Wan 2.1", "latte": "Latte",
+    "zimage": "Z-Image", "hunyuan_video": "HunyuanVideo", "flux2": "FLUX.2",
 }  # fmt: skip
 MODELS = {name: families.MODELS[title] for name, title in NAMES.items()}
-REFUSED = {"zimage": families.MODELS["Z-Image"], "lumina2": families.MODELS["Lumina 2"]}
+REFUSED = {"lumina2": families.MODELS["Lumina 2"]}
 
 
 def stated(name: str) -> tuple[str, Mapping[str, Any]]:
