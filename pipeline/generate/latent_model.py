@@ -28,7 +28,7 @@ from pipeline.generate.pipeline_classes import (
 )
 from pipeline.generate.sampling import FloatArray, Trajectory, take_samples
 from pipeline.generate.schedulers.base import Scheduler, SchedulerOptions, SeededNoise
-from pipeline.generate.schedulers.config import read_scheduler_config
+from pipeline.generate.schedulers.config import read_scheduler_config, scheduler_class
 from pipeline.generate.tiles import Tiles
 from pipeline.generate.tokenizer import PromptTokenizer
 
@@ -110,7 +110,7 @@ class LatentModel:
             encoder.component: PromptTokenizer.load(source.tokenizers[encoder.tokenizer], encoder.tokens)
             for encoder in row.encoders
         }
-        self.scheduler = read_scheduler_config(source.scheduler)
+        self.scheduler = read_scheduler_config(source.scheduler, scheduler_class(source.index))
         self._refuse_scheduler(source)
         self.components = Components(source.engines, keep_loaded)
         self.preview = LatentPreview(self.latent_shape[0], cell)

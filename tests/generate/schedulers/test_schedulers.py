@@ -16,7 +16,7 @@ from pipeline.generate.schedulers.dpmsolver import signal
 from pipeline.generate.schedulers.euler import EulerAncestral
 from pipeline.generate.schedulers.flow import FlowEuler, FlowEulerConfig
 from pipeline.generate.schedulers.predictions import thresholded
-from pipeline.generate.schedulers.tables import beta_quantile, linspace
+from pipeline.generate.schedulers.tables import beta_quantile, linspace, times_of
 
 SHAPE = (2, 3, 4, 4)
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -211,6 +211,19 @@ def test_trailing_steps_are_as_many_as_were_asked_for() -> None:
     for n_steps in range(1, 1001):
         made = scheduler("DDIMScheduler", n_steps, {"timestep_spacing": "trailing"})
         assert len(made.timesteps) == n_steps and made.timesteps[-1] >= 0 and made.timesteps[0] == 999
+
+
+def test_a_drawing_begins_at_the_last_timestep_where_the_sigma_of_it_is_not_the_largest() -> None:
+    """Of linear betas the last sigmas of training fall to that of ZERO_SNR: diffusers looks for the last step whose
+    sigma is not above, as the definition below."""
+    log_sigmas = np.float32([-3, -1, 0, 2, 5, 4])
+    for wanted, time in ((-4, 0.0), (-2, 0.5), (1, 2.5), (3, 3 + 1 / 3), (4, 5.0), (4.5, 4.5), (6, 4.0)):
+        assert times_of(np.exp([wanted]), log_sigmas) == pytest.approx(time, abs=1e-12), wanted
+    keys = {"use_lu_lambdas": True, "rescale_betas_zero_snr": True}
+    for ends in ({}, {"beta_start": 0.00085, "beta_end": 0.03}):
+        for n_steps in range(1, 51):
+            made = scheduler("DPMSolverMultistepScheduler", n_steps, keys | ends)
+            assert made.timesteps[0] == 999, (ends, n_steps)
 
 
 def test_quantiles_of_the_beta_distribution_are_their_inverse() -> None:
