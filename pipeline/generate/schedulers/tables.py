@@ -102,8 +102,9 @@ def never_zero(alphas_cumprod: FloatArray, zero_snr: bool) -> FloatArray:
 
 
 def sigmas_of(alphas_cumprod: FloatArray) -> FloatArray:
-    """sqrt((1 - a) / a), float32, of the same shape."""
-    return float32.root((np.float32(1) - alphas_cumprod) / alphas_cumprod)
+    """sqrt((1 - a) / a), float32, of the same shape; infinite where a is 0, which schedulers refuse."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return float32.root((np.float32(1) - alphas_cumprod) / alphas_cumprod)
 
 
 # --- timesteps -----------------------------------------------------------------------------------------------------

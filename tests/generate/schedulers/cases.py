@@ -181,6 +181,8 @@ def cases() -> Iterator[Case]:
 
     yield Case(unipc, {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, steps(20))
     yield Case(unipc, {"predict_x0": False, "final_sigmas_type": "sigma_min", "solver_order": 3}, steps(20))
+    stays = {"final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_type": "bh1"}
+    yield Case(unipc, stays | {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, steps(15))
     yield Case(unipc, {"disable_corrector": [0, 1], "solver_order": 3}, steps(20))
     yield Case(unipc, {"use_karras_sigmas": True, "thresholding": True}, steps(20))
     yield Case(unipc, {"use_karras_sigmas": True, "use_flow_sigmas": True}, steps(20))
