@@ -8,8 +8,7 @@ from export.errors import ModelError, RecipeError
 from pipeline.calibrate.data import PROMPTS_RULES
 from pipeline.compile_pipeline import write_others
 from pipeline.generate.example_prompts import PROMPTS_FILE, captions, drawn_prompts, own_prompts, prompt_lines
-from pipeline.generate.schedulers.config import CONFIG_FILE
-from pipeline.generate.schedulers.config import SCHEDULER
+from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER
 from pipeline.parts import PipelineFolder
 
 

@@ -1,5 +1,8 @@
-"""scheduler_config.json, read: which scheduler it is, and its keys. The scheduler of a pipeline is of the class that its
-model_index.json states, as in diffusers, which passes over the class that the file was written by."""
+"""scheduler_config.json, read: which scheduler it is, and its keys.
+
+The scheduler of a pipeline is of the class that its model_index.json states, as in diffusers, which passes over the
+class that the file was written by.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,10 @@ def scheduler_class(index: Mapping[str, object]) -> str | None:
 
 
 def read_scheduler_config(path: Path, class_name: str | None = None) -> SchedulerConfig:
-    """The scheduler of a pipeline. class_name: that its model_index.json states; None: the file's own. Raises ModelError
-    for a class, key or value that is not supported, by name."""
+    """The scheduler of a pipeline. class_name: that its model_index.json states; None: the file's own.
+
+    Raises ModelError for a class, key or value that is not supported, by name.
+    """
     return parse_scheduler_config(read_json(path, dict[str, object], RULES), str(path), class_name)
 
 
