@@ -6,6 +6,7 @@ and drops transparency, below which colours are anything. So what a mode does no
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,8 @@ FloatArray = NDArray[np.float32]
 EIGHT_BITS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
+# What PIL raises for files, and for EXIF data, that are cut off or no such thing.
+DAMAGED = (LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 
 
 def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
@@ -50,9 +53,7 @@ def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
 
 def _pixels(image: Image, channels: int) -> NDArray[np.generic]:
     """[H, W, channels] of a PIL picture: uint8, or float32 from 0 to 1 where it has 16 bits."""
-    from PIL import ImageOps
-
-    turned = ImageOps.exif_transpose(image)
+    turned = _turned(image)
     if turned.mode in SIXTEEN_BITS:
         grey = np.asarray(turned)
         if (grey == turned.info.get("transparency")).any():
@@ -67,6 +68,16 @@ def _pixels(image: Image, channels: int) -> NDArray[np.generic]:
         turned = _opaque(turned)
     pixels = np.asarray(turned.convert("L" if channels == 1 else "RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _turned(image: Image) -> Image:
+    """As its EXIF data say. Raises RecipeError where they, or the file that it is read from by now, are damaged."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except DAMAGED as error:
+        raise RecipeError(f"image that cannot be read, or not its EXIF data ({error}); save it again") from error
 
 
 def _opaque(image: Image) -> Image:

@@ -101,6 +101,16 @@ def test_a_picture_is_turned_as_its_exif_data_say(kind: str, tmp_path: Path) -> 
             assert own[0, :, :12].min() > 0.9 and own[0, :, 20:].max() < -0.9
 
 
+def test_damaged_files_and_exif_data_are_refused() -> None:
+    image = Image.new("L", (2, 2))
+    image.info["exif"] = b"Exif\0\0garbage"
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 9).save(stream, "PNG")
+    for damaged in (image, Image.open(io.BytesIO(stream.getvalue()[:999]))):
+        with pytest.raises(RecipeError, match=r"cannot be read, or not its EXIF data .*; save it again"):
+            as_input(damaged, RGB)
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [

@@ -212,7 +212,7 @@ def _why_not_finite(config: UniPcConfig, sigmas: FloatArray, i: int, order: int)
     }
     if after == 0 and not all(settings.values()):
         return f"it ends at sigma 0; use {', '.join(key for key, fits in settings.items() if not fits)}"
-    if now == after:
+    if now == after and order > 2:
         return f"it stays at sigma {now:g}; use lower_order_final, or a solver_order of at most 2"
     return f"it goes from sigma {now:g} to {after:g}; use another number of steps"
 
