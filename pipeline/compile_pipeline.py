@@ -40,8 +40,8 @@ from pipeline.generate.conditioning import GENERATION_FILE
 from pipeline.generate.convert_tokenizer import convert_tokenizer
 from pipeline.generate.example_prompts import PROMPTS_FILE
 from pipeline.generate.pipeline_classes import TRANSFORMER
-from pipeline.generate.schedulers.config import CONFIG_FILE
-from pipeline.parts import SCHEDULER, Part, PipelineFolder, read_folder
+from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER, scheduler_class, write_scheduler_config
+from pipeline.parts import Part, PipelineFolder, read_folder
 
 logger = logging.getLogger(__name__)
 # What the other components are built for, whatever the denoiser is: they run once for a picture.
@@ -198,7 +198,8 @@ def write_others(folder: PipelineFolder, bundle: Path) -> None:
         (bundle / name).mkdir(exist_ok=True)
         convert_tokenizer(folder.root / name, class_name, bundle / name)
     (bundle / SCHEDULER).mkdir(exist_ok=True)
-    shutil.copyfile(folder.root / SCHEDULER / CONFIG_FILE, bundle / SCHEDULER / CONFIG_FILE)
+    scheduler = f"{SCHEDULER}/{CONFIG_FILE}"
+    write_scheduler_config(bundle / scheduler, scheduler_class(folder.index), folder.root / scheduler)
     for name in (PROMPTS_FILE, GENERATION_FILE):
         remove(bundle / name)  # of an interrupted build, before the pipeline lost its own
         if os.path.lexists(folder.root / name):

@@ -17,10 +17,9 @@ from pipeline.generate.own_settings import own_settings
 from pipeline.generate.pipeline_classes import DECODER, ENCODER, TRANSFORMER, PipelineClass, find_pipeline_class
 from pipeline.generate.pipeline_folder import INDEX, REMEDY, listed_parts, read_index
 from pipeline.generate.schedulers.base import SchedulerOptions
-from pipeline.generate.schedulers.config import CONFIG_FILE, read_scheduler_config
+from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER, read_scheduler_config, scheduler_class
 from pipeline.recipe import Recipe, component_recipe
 
-SCHEDULER = "scheduler"
 # THE table of autoencoders: class in diffusers -> components that it becomes, which are also the recipes that they
 # begin with, and whether they are built unless the recipe or --component asks for them.
 AUTOENCODERS = {"AutoencoderKL": ((DECODER, True), (ENCODER, False))}
@@ -120,14 +119,14 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
             refuse_tokenizer(folder, class_name)
             tokenizers[name] = class_name
         elif name == SCHEDULER:
-            read_scheduler_config(folder / CONFIG_FILE)
+            refuse_scheduler(root, row, class_name)
         else:
             known = ", ".join((*TEXT_ENCODERS, *AUTOENCODERS, *TOKENIZERS))
             raise ModelError(f"{root}: part {name} is of class {class_name}, which cannot be built; known are {known}")
     own_prompts(root)  # refuses a file that cannot be used
-    refuse_steps(root, row)
     pipeline = PipelineFolder(root, revision, index, tuple(parts), tuple(added), tokenizers, left_out)
-    if missing := [name for name in row.components if name not in {part.name for part in parts}]:
+    listed = {*(part.name for part in parts), *((SCHEDULER,) if scheduler_class(index) else ())}
+    if missing := [name for name in (*row.components, SCHEDULER) if name not in listed]:
         raise ModelError(f"{root / INDEX}: {row.name} draws with {missing[0]}, of which it lists no part; {REMEDY}")
     for name in recipe.components:
         if name == TRANSFORMER:
@@ -136,18 +135,18 @@ def read_folder(recipe: Recipe) -> PipelineFolder:
     return pipeline
 
 
-def refuse_steps(root: Path, row: PipelineClass) -> None:
-    """Raise ModelError where the scheduler does not have the steps that the pipeline is drawn with by default."""
+def refuse_scheduler(root: Path, row: PipelineClass, class_name: str) -> None:
+    """Raise ModelError for a scheduler that is not supported, or that does not have the steps that the pipeline is
+    drawn with by default. class_name: that its index states."""
     stated = own_settings(root).n_steps
-    n_steps, scheduler = row.n_steps if stated is None else stated, root / SCHEDULER / CONFIG_FILE
-    if not scheduler.is_file():
-        return  # another's to say
+    n_steps, path = row.n_steps if stated is None else stated, root / SCHEDULER / CONFIG_FILE
+    config = read_scheduler_config(path, class_name)
     try:
-        read_scheduler_config(scheduler).scheduler(SchedulerOptions(n_steps))
+        config.scheduler(SchedulerOptions(n_steps))
     except RecipeError as error:
         source = f"the default of {row.name}" if stated is None else "n_steps there"
         raise ModelError(
-            f"{scheduler} does not make {n_steps} steps ({error}), {source}; state others in {root / GENERATION_FILE}"
+            f"{path} does not make {n_steps} steps ({error}), {source}; state others in {root / GENERATION_FILE}"
         ) from error
 
 

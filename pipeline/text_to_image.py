@@ -33,6 +33,7 @@ from pipeline.generate.draw import (
     Pictures,
     to_floats,
 )
+from pipeline.generate.input_picture import as_input
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.pixel_model import PixelModel
 from pipeline.generate.sampling import FloatArray
@@ -322,31 +323,3 @@ def as_image(picture: Pictures) -> Image:
     from PIL import Image
 
     return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
-
-
-def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
-    """A picture to begin with as models have it, [C, H, W] float32 from -1 to 1.
-
-    image: PIL, or [H, W, C] (of one channel also [H, W]), uint8 or floats from 0 to 1. shape: H, W and C of the model.
-    Raises RecipeError for a picture of another size, or for what is none.
-    """
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        pixels: NDArray[np.generic] = np.asarray(image.convert("L" if shape[2] == 1 else "RGB"))
-    elif isinstance(image, np.ndarray):
-        pixels = image
-    else:
-        raise RecipeError(f"image of {type(image).__name__}; give a PIL picture or an array [H, W, C]")
-    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-    if pixels.shape != shape:
-        raise RecipeError(
-            f"image of {pixels.shape}; the engine draws {shape} (height, width, channels): resize it first"
-        )
-    if pixels.dtype == np.uint8:
-        floats = pixels.astype(np.float32) / np.float32(255)
-    elif pixels.dtype.kind == "f" and np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1:
-        floats = pixels.astype(np.float32)
-    else:
-        raise RecipeError(f"image of {pixels.dtype}; give uint8, or floats from 0 to 1")
-    return np.ascontiguousarray((floats * np.float32(2) - np.float32(1)).transpose(2, 0, 1))

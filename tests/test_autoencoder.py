@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from export.errors import ModelError, RecipeError
+from export.models.families import scale_and_shift
 from export.models.load import load as load_model
 from pipeline import __main__ as cli
 from pipeline import load
@@ -114,6 +116,7 @@ def changed(folder: Path, parent: Path, **values: object) -> Path:
         ({"block_out_channels": [8, 16]}, "down_block_types is .*an autoencoder of 2 levels"),
         ({"block_out_channels": [8, 16, 2**14]}, "block_out_channels"),
         ({"latent_channels": 8}, "has shape .*config.json asks for"),
+        ({"scaling_factor": 0}, "scaling_factor is 0; it should be greater"),
         ({"act_fn": "maxout"}, "AutoencoderKL refuses it"),
         ({"tiles": 4}, "AutoencoderKL does not know 'tiles': 4"),
     ],
@@ -121,6 +124,11 @@ def changed(folder: Path, parent: Path, **values: object) -> Path:
 def test_another_configuration_is_refused(folder: Path, tmp_path: Path, values: dict[str, object], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         load_model(str(changed(folder, tmp_path, **values)), half="decoder")
+
+
+def test_a_scale_that_is_not_stated_is_diffusers_own() -> None:
+    own = inspect.signature(AutoencoderKL.__init__).parameters
+    assert scale_and_shift({}) == (own["scaling_factor"].default, own["shift_factor"].default or 0)
 
 
 def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -13,23 +13,19 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.record import Json
-from export.documents import Rules, read_json
-from export.errors import ModelError
 from export.models.load import LoadedModel
 from pipeline.backends.base import Arrays
 from pipeline.generate.conditioning import Generation
 from pipeline.generate.diffusers_adapter import EngineTransformer
-from pipeline.generate.pipeline_folder import REMEDY, identity, open_pipeline
+from pipeline.generate.pipeline_folder import INDEX, identity, open_pipeline, read_index
 from pipeline.generate.sampling import make_sampler, sample
-from pipeline.generate.schedulers.config import CONFIG_FILE
-from pipeline.parts import SCHEDULER
+from pipeline.generate.schedulers.config import scheduler_class
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Pictures = NDArray[np.float32]
 Run = Callable[[Arrays], Arrays]
-RULES = Rules(ModelError, REMEDY, infinite=True)  # schedulers have a -Infinity
 
 
 class Painter(Protocol):
@@ -76,8 +72,7 @@ class PipelinePainter:
     @property
     def facts(self) -> Json:
         settings = {"n_steps": self.n_steps, "guidance_scale": self.guidance_scale}
-        scheduler = read_json(self.root / SCHEDULER / CONFIG_FILE, dict[str, object], RULES)
-        return {"sampler": scheduler["_class_name"], **settings, "parts": identity(self.root)}
+        return {"sampler": scheduler_class(read_index(self.root / INDEX)), **settings, "parts": identity(self.root)}
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:

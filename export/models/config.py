@@ -66,6 +66,8 @@ class Numbers(TypedDict):
     dropout: NotRequired[Annotated[float, Ge(0), Le(1)]]
     norm_eps: NotRequired[Annotated[float, Ge(0), Le(1)]]
     latent_channels: NotRequired[Annotated[int, Ge(1), Le(1024)]]
+    scaling_factor: NotRequired[Annotated[float, Ge(1e-6), Le(MOST)]]
+    shift_factor: NotRequired[float | None]
     layers_per_block: NotRequired[Annotated[int, Ge(1), Le(16)]]
     block_out_channels: NotRequired[Annotated[list[Annotated[int, Ge(1), Le(8192)]], MinLen(1), MaxLen(8)]]
 

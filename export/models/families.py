@@ -550,9 +550,18 @@ LATENTS, PICTURE = "latents", "sample"
 NOT_QUANTIZED = ((r".*", "a picture is decoded or encoded once, and an error in it is seen: fp16 weights, float32"),)
 
 
+# The scaling_factor of an AutoencoderKL whose configuration states none.
+OWN_SCALE = 0.18215
+
+
 def pixels_per_latent(config: Config) -> int:
     """Pixels of a side of a latent's cell: each level of an AutoencoderKL but one halves the picture."""
     return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def scale_and_shift(config: Config) -> tuple[float, float]:
+    """Of an AutoencoderKL: latents of the denoiser are its own, less the shift, times the scale."""
+    return config.get("scaling_factor", OWN_SCALE), config.get("shift_factor") or 0.0
 
 
 def _latents(config: Config) -> tuple[Input, ...]:

@@ -31,10 +31,10 @@ from pipeline.generate.example_prompts import own_prompts
 from pipeline.generate.own_settings import own_settings
 from pipeline.generate.pipeline_classes import DECODER, TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE as SCHEDULER_FILE
+from pipeline.generate.schedulers.config import SCHEDULER
 from pipeline.generate.tokenizer import TOKENIZER_FILE
 
 RULES = Rules(version=PIPELINE_VERSION)
-SCHEDULER = "scheduler"
 
 
 class Component(TypedDict):

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from export.errors import ContractError, ModelError, RecipeError
-from export.models.families import FAMILIES, Input, pixels_per_latent, shared_names
+from export.models.families import FAMILIES, Input, pixels_per_latent, scale_and_shift, shared_names
 from pipeline.backends.base import Arrays
 from pipeline.generate.components import Components, PipelineSource, timed
 from pipeline.generate.draw import Drawing, DrawRequest, Picture, first_noise
@@ -28,7 +28,7 @@ from pipeline.generate.pipeline_classes import (
 )
 from pipeline.generate.sampling import FloatArray, Trajectory, take_samples
 from pipeline.generate.schedulers.base import Scheduler, SchedulerOptions, SeededNoise
-from pipeline.generate.schedulers.config import read_scheduler_config
+from pipeline.generate.schedulers.config import read_scheduler_config, scheduler_class
 from pipeline.generate.tiles import Tiles
 from pipeline.generate.tokenizer import PromptTokenizer
 
@@ -96,8 +96,7 @@ class LatentModel:
             side = config["sample_size"] * cell
             self.height, self.width = source.height or side, source.width or side
             self.latent_shape = (config["in_channels"], self.height // cell, self.width // cell)
-            self.shift = np.float32(source.vae.get("shift_factor") or 0)
-            self.factor = np.float32(source.vae["scaling_factor"])
+            self.factor, self.shift = map(np.float32, scale_and_shift(source.vae))
             self.tiles = Tiles.of_pixels(source.vae)
             self.conditions = row.conditions(config, (self.height, self.width))
             self.class_count = config["num_embeds_ada_norm"] if row.classes else 0
@@ -110,7 +109,7 @@ class LatentModel:
             encoder.component: PromptTokenizer.load(source.tokenizers[encoder.tokenizer], encoder.tokens)
             for encoder in row.encoders
         }
-        self.scheduler = read_scheduler_config(source.scheduler)
+        self.scheduler = read_scheduler_config(source.scheduler, scheduler_class(source.index))
         self._refuse_scheduler(source)
         self.components = Components(source.engines, keep_loaded)
         self.preview = LatentPreview(self.latent_shape[0], cell)

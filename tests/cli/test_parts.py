@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from export.errors import ModelError, RecipeError
 from export.models.families import FAMILIES, WITHOUT_HEAD
 from pipeline import recipe as recipes
 from pipeline.build import main as build
+from pipeline.generate.schedulers.config import read_scheduler_config, scheduler_class, write_scheduler_config
+from pipeline.generate.schedulers.euler import EulerConfig
 from pipeline.parts import AUTOENCODERS, TEXT_ENCODERS, is_whole, read_folder
 
 PARTS = {
@@ -34,7 +37,8 @@ def write(folder: Path, **changes: Any) -> Path:
             (folder / name).mkdir(exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "tokenizer" / name).write_text("{}")
-    (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    if index["scheduler"][0]:
+        (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
     return folder
 
 
@@ -75,6 +79,11 @@ WRONG = {
     "an unknown autoencoder": ({"vae": ["diffusers", "AutoencoderDC"]}, "part vae is of class AutoencoderDC"),
     "an unknown tokenizer": ({"tokenizer": ["transformers", "LlamaTokenizer"]}, "part tokenizer .* LlamaTokenizer"),
     "an unknown pipeline": ({"_class_name": "MochiPipeline"}, "'MochiPipeline' is not supported; .* PixArtAlpha"),
+    "an unknown scheduler": (
+        {"scheduler": ["diffusers", "PNDMScheduler"]},
+        r"scheduler_config\.json: the class that model_index\.json states, 'PNDMScheduler' is not supported",
+    ),
+    "no scheduler": ({"scheduler": [None, None]}, "draws with scheduler, of which it lists no part"),
     "no decoder": ({"vae": [None, None]}, "draws with vae_decoder, of which it lists no part"),
     "a class that is none": ({"vae": ["diffusers", 3]}, "part vae is"),
 }
@@ -93,10 +102,20 @@ def test_a_part_that_was_not_downloaded_is_named(tmp_path: Path) -> None:
         read_folder(recipe(tmp_path))
 
 
-def test_an_unknown_scheduler_is_named(tmp_path: Path) -> None:
-    write(tmp_path)
-    (tmp_path / "scheduler/scheduler_config.json").write_text('{"_class_name": "PNDMScheduler"}')
-    with pytest.raises(ModelError, match="'PNDMScheduler' is not supported"):
+def test_the_index_says_of_which_class_the_scheduler_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in diffusers, whatever class the file of its keys was written by; the bundle's file says the same."""
+    write(tmp_path, scheduler=["diffusers", "EulerDiscreteScheduler"])
+    path, keys = tmp_path / "scheduler/scheduler_config.json", {"skip_prk_steps": True, "beta_end": 0.012}
+    path.write_text(json.dumps({"_class_name": "PNDMScheduler", "lambda_min_clipped": -math.inf, **keys}))
+    with caplog.at_level("INFO"):
+        index = read_folder(recipe(tmp_path)).index
+    assert f"{path}: of PNDMScheduler, read as EulerDiscreteScheduler, which model_index.json states" in caplog.text
+    own = read_scheduler_config(path, scheduler_class(index))
+    assert own == EulerConfig(beta_end=0.012)
+    write_scheduler_config(tmp_path / "written.json", scheduler_class(index), path)
+    assert read_scheduler_config(tmp_path / "written.json") == own
+    path.write_text('{"_class_name": "PNDMScheduler", "acceleration": 2}')
+    with pytest.raises(ModelError, match="key 'acceleration' is unknown"):
         read_folder(recipe(tmp_path))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from export.errors import ModelError
 from export.models import load as models
-from export.models.config import unread_keys
+from export.models.config import read_config, unread_keys
 from tests.support import tiny
 
 PATH = Path("config.json")
@@ -93,3 +93,22 @@ def test_a_model_is_loaded_or_refused_by_its_keys(row: str, tmp_path: Path, capl
     path.write_text(json.dumps(config | {"qk_norm_of_mine": True}))
     with pytest.raises(ModelError, match=r"config.json: .* does not know 'qk_norm_of_mine': True"):
         models.load(str(path.parent))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("scaling_factor", "0", "scaling_factor is 0; it should be greater than or equal to 0.000001"),
+        ("scaling_factor", "-0.18215", "scaling_factor is -0.18215; it should be"),
+        ("scaling_factor", "1e-300", "scaling_factor is 1e-300; it should be"),
+        ("scaling_factor", "null", "scaling_factor is None; it should be a valid number"),
+        ("scaling_factor", "NaN", "NaN is not a number"),
+        ("shift_factor", "NaN", "NaN is not a number"),
+        ("shift_factor", '"0"', "shift_factor is '0'; it should be a valid number"),
+    ],
+)
+def test_a_scale_of_latents_that_leaves_none_is_refused(key: str, value: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(f'{{"{key}": {value}}}')
+    with pytest.raises(ModelError, match=words):
+        read_config(path)

@@ -8,8 +8,8 @@ from export.errors import ModelError, RecipeError
 from pipeline.calibrate.data import PROMPTS_RULES
 from pipeline.compile_pipeline import write_others
 from pipeline.generate.example_prompts import PROMPTS_FILE, captions, drawn_prompts, own_prompts, prompt_lines
-from pipeline.generate.schedulers.config import CONFIG_FILE
-from pipeline.parts import SCHEDULER, PipelineFolder
+from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER
+from pipeline.parts import PipelineFolder
 
 
 def test_a_pipeline_has_the_prompts_of_its_file_else_captions(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pipeline.compile_pipeline import write_others
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.own_settings import OwnSettings, own_settings
 from pipeline.generate.pipeline_classes import PIPELINES, find_pipeline_class
-from pipeline.generate.schedulers.config import CONFIG_FILE
-from pipeline.parts import SCHEDULER, PipelineFolder, refuse_steps
+from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER
+from pipeline.parts import PipelineFolder, refuse_scheduler
 from pipeline.text_to_image import Pipeline
 from pipeline.web import pipeline_page
 from tests.support import numpy_pipeline
@@ -72,9 +72,9 @@ def test_steps_that_the_scheduler_does_not_have_are_refused_before_work(stated: 
         (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": stated}))
     steps = stated or CLASS.n_steps
     with pytest.raises(ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}"):
-        refuse_steps(tmp_path, CLASS)
+        refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
     (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": 10}))
-    refuse_steps(tmp_path, CLASS)
+    refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
 
 
 @pytest.mark.parametrize(

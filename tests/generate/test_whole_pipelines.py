@@ -21,8 +21,9 @@ from pipeline.generate.draw import DrawRequest, Picture
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.latent_preview import LatentPreview
 from pipeline.generate.pipeline_classes import class_names, class_number
+from pipeline.generate.schedulers.dpmsolver import DpmSolverConfig
 from pipeline.serve.images_request import read
-from pipeline.text_to_image import Pipeline, as_input
+from pipeline.text_to_image import Pipeline
 from tests.support.numpy_pipeline import CHANNELS, COLOURS, LABELS, SIDE, Log, make_source
 
 PARTS = ["text_encoder", "transformer", "vae_decoder"]
@@ -254,12 +255,6 @@ def test_what_it_cannot_do_is_refused(arguments: Any, words: str, pipeline: Pipe
     assert "transformer" not in log.names
 
 
-def test_grey_pictures_have_one_channel() -> None:
-    grey = np.arange(4, dtype=np.uint8).reshape(2, 2)
-    np.testing.assert_array_equal(as_input(grey, (2, 2, 1)), as_input(Image.fromarray(grey), (2, 2, 1)))
-    assert as_input(grey, (2, 2, 1)).shape == (1, 2, 2)
-
-
 # --- batches that others share out -----------------------------------------------------------------------------------
 
 
@@ -330,12 +325,25 @@ def test_pipelines_that_cannot_draw_are_refused(tmp_path: Path, log: Log) -> Non
         "draws with vae_decoder, which it does not have": {"engines": without},
         "draws with tokenizer, which it does not have": {"tokenizers": {}},
         "configurations lack 'cross_attention_dim'": {"transformer": {"in_channels": 4}},
-        "configurations lack 'scaling_factor'": {"vae": {"block_out_channels": [8]}},
+        "configurations lack 'block_out_channels'": {"vae": {"scaling_factor": 0.5}},
     }
     for words, changes in cases.items():
         with pytest.raises((ModelError, ContractError), match=re.escape(words)):
             LatentModel(replace(source, **changes))
     assert not log.parts
+
+
+def test_an_autoencoder_that_states_no_scale_has_diffusers_own(tmp_path: Path, log: Log) -> None:
+    model = LatentModel(make_source(tmp_path, log, vae={"block_out_channels": [8, 8]}))
+    assert (model.factor, model.shift) == (np.float32(0.18215), 0)
+
+
+def test_the_index_of_a_pipeline_says_which_scheduler_it_draws_with(tmp_path: Path, log: Log) -> None:
+    index = {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    model = LatentModel(make_source(tmp_path, log, index=index))
+    assert isinstance(model.scheduler, DpmSolverConfig)
+    with pytest.raises(ModelError, match=r"model_index\.json states, 'PNDMScheduler' is not supported; use one of"):
+        LatentModel(make_source(tmp_path, log, index={"scheduler": ["diffusers", "PNDMScheduler"]}))
 
 
 def test_schedulers_that_a_pipeline_cannot_use(tmp_path: Path, log: Log) -> None:

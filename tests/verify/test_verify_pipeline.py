@@ -84,8 +84,8 @@ def another_piece(root: Path) -> None:
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "scheduler": (changed("scheduler/scheduler_config.json", "beta_end", 0.03), r"scheduler/scheduler_config\.json"),
     "scheduler's class": (
-        changed("scheduler/scheduler_config.json", "_class_name", "EulerDiscreteScheduler"),
-        r"scheduler/scheduler_config\.json",
+        changed("model_index.json", "scheduler", ["diffusers", "EulerDiscreteScheduler"]),
+        r"pipeline\.json",
     ),
     "tokenizer": (another_piece, r"tokenizer/tokenizer\.json"),
     "prompts": (lambda root: (root / PROMPTS_FILE).write_text("a blue ring\n"), r"prompts\.txt"),

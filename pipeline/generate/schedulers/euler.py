@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from export.errors import RecipeError
 from pipeline.generate.schedulers import float32
 from pipeline.generate.schedulers.base import FloatArray, Noise, SchedulerOptions, first_step
 from pipeline.generate.schedulers.predictions import Kind, sigma_to_data
@@ -109,6 +110,13 @@ class EulerAncestral(SigmaScheduler):
         timesteps = spaced(config, options.n_steps, whole=False).astype(np.float32)
         sigmas = np.append(np.interp(timesteps, np.arange(len(kept)), sigmas_of(kept)), 0.0).astype(np.float32)
         super().__init__(timesteps, sigmas, first_step(options.n_steps, options.strength), config.timestep_spacing)
+        for i in self.steps:
+            if sigmas[i + 1] > sigmas[i]:
+                raise RecipeError(
+                    f"n_steps {options.n_steps}: sigma rises from {sigmas[i]:g} to {sigmas[i + 1]:g} at step {i}, and "
+                    "Euler ancestral draws with sigmas that fall: rescale_betas_zero_snr puts "
+                    f"{sigmas_of(kept)[-1]:g} at the last timestep; use fewer steps, or another scheduler"
+                )
 
     def advance(self, prediction: FloatArray, x: FloatArray, i: int, noise: Noise) -> FloatArray:
         """Along the derivative, to `down`; the last step as well draws noise, and takes none of it."""

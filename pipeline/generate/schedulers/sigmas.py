@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from export.errors import RecipeError
 from pipeline.generate.schedulers import float32
 from pipeline.generate.schedulers.base import FloatArray, Scheduler
 from pipeline.generate.schedulers.tables import Spacing
@@ -15,7 +16,13 @@ class SigmaScheduler(Scheduler):
     """sigmas: [n + 1] float32, one for each step and one that the last step ends at."""
 
     def __init__(self, timesteps: FloatArray, sigmas: FloatArray, first: int, spacing: Spacing) -> None:
+        """Raises RecipeError for sigmas that are not finite."""
         self.sigmas = np.asarray(sigmas, np.float32)
+        if not np.isfinite(self.sigmas).all():
+            raise RecipeError(
+                f"this scheduler's sigmas are not finite ({self.sigmas[0]:g} at the first step), as its betas leave "
+                "nothing of the picture; use smaller betas"
+            )
         most = self.sigmas.max()
         # "leading" begins below the last training step, where what is left of the picture has to be made up for.
         super().__init__(timesteps, first, float32.root(most * most + ONE) if spacing == "leading" else most)

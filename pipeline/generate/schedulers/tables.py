@@ -102,8 +102,9 @@ def never_zero(alphas_cumprod: FloatArray, zero_snr: bool) -> FloatArray:
 
 
 def sigmas_of(alphas_cumprod: FloatArray) -> FloatArray:
-    """sqrt((1 - a) / a), float32, of the same shape."""
-    return float32.root((np.float32(1) - alphas_cumprod) / alphas_cumprod)
+    """sqrt((1 - a) / a), float32, of the same shape; infinite where a is 0, which schedulers refuse."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return float32.root((np.float32(1) - alphas_cumprod) / alphas_cumprod)
 
 
 # --- timesteps -----------------------------------------------------------------------------------------------------
@@ -227,9 +228,11 @@ def respaced(
 
 
 def times_of(sigmas: DoubleArray, log_sigmas: FloatArray) -> DoubleArray:
-    """Timesteps [n] of sigmas [n], between training steps by log sigma. log_sigmas: [T] of all training steps."""
+    """Timesteps [n] of sigmas [n], between training steps by log sigma: each behind the last step whose sigma is not
+    above its own. log_sigmas: [T] of all training steps; the last ones may fall where the last is `ZERO_SNR`'s."""
     wanted = np.log(np.maximum(sigmas, 1e-10))
-    low = (np.searchsorted(log_sigmas, wanted, side="right") - 1).clip(0, len(log_sigmas) - 2)
+    least_from_here = np.minimum.accumulate(log_sigmas[::-1])[::-1]  # sorted, and the same where log_sigmas is
+    low = (np.searchsorted(least_from_here, wanted, side="right") - 1).clip(0, len(log_sigmas) - 2)
     below, above = log_sigmas[low], log_sigmas[low + 1]
     share = np.clip((below - wanted) / (below - above), 0, 1)
     return np.asarray((1 - share) * low + share * (low + 1))

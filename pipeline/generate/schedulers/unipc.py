@@ -28,6 +28,9 @@ ONE, HALF = np.float32(1), np.float32(0.5)
 # Off 1, where nothing of the picture is left, as much as diffusers takes off the first sigma of a flow.
 OFF_ONE = 1e-6
 
+# Keys of ways to space sigmas.
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
 
 @dataclass(frozen=True, kw_only=True)
 class UniPcConfig(SigmaConfig, ThresholdConfig):
@@ -81,6 +84,12 @@ class Update(NamedTuple):
     ratios: FloatArray
     weights: FloatArray
 
+    @property
+    def is_finite(self) -> bool:
+        """Are its results numbers? An infinite ratio, of a step that stays at its sigma, leaves its prediction out."""
+        numbers = np.array([self.x, self.model, self.scale, *self.weights])
+        return bool(np.isfinite(numbers).all() and not np.isnan(self.ratios).any() and self.ratios.all())
+
 
 class UniPc(Scheduler):
     """Steps of UniPC. history: predictions of the data (or noise), newest last, at most as many as the order; before:
@@ -106,12 +115,11 @@ class UniPc(Scheduler):
                 for i in self.steps[1:]
                 if i - 1 not in config.disable_corrector
             }
-        for i, update in [*self.predictors.items(), *self.correctors.items()]:
-            if not all(np.isfinite(part).all() for part in update):
-                raise RecipeError(
-                    f"n_steps {options.n_steps}: step {i} has no finite coefficients; with final_sigmas_type 'zero' "
-                    "use solver_type 'bh2', lower_order_final and predict_x0"
-                )
+        corrected = [(i - 1, update) for i, update in self.correctors.items()]
+        for i, update in [*self.predictors.items(), *corrected]:
+            if not update.is_finite:
+                why = _why_not_finite(config, self.sigmas, i, self._order(i))
+                raise RecipeError(f"n_steps {options.n_steps}: step {i} has no finite coefficients, as {why}")
 
     def _order(self, i: int) -> int:
         """Of step `i`: as many predictions as there are, and fewer at the end."""
@@ -133,17 +141,17 @@ class UniPc(Scheduler):
             factorial *= k + 2
             phi = phi / signed - np.float32(1 / factorial)
         points = order if corrects else order - 1
-        usable = np.isfinite(h) and np.isfinite(ratios).all() and len(set(ratios.tolist())) == order
-        if order > 1 and not usable:
-            weights = np.full(points, np.float32(np.nan))
-        elif points <= 1:
+        used = ratios[:points]
+        if points <= 1:
             weights = np.full(points, HALF)
+        elif not np.isfinite(used).all() or len(set(used.tolist())) < points:
+            weights = np.full(points, np.float32(np.nan))
         else:
             weights = np.linalg.solve(np.stack(rows)[:points, :points], np.array(sides[:points], np.float32))
         level, ratio = (
             (after.alpha, after.sigma / now.sigma) if self.config.predict_x0 else (after.sigma, after.alpha / now.alpha)
         )
-        return Update(ratio, -(level * growth), level * scale, ratios[:points], weights)
+        return Update(ratio, -(level * growth), level * scale, used, weights)
 
     def _stepped(self, update: Update, x: FloatArray, models: list[FloatArray]) -> FloatArray:
         """models: the newest prediction, then those of update.ratios."""
@@ -186,6 +194,27 @@ class UniPc(Scheduler):
         """alpha picture + sigma noise."""
         alpha, sigma, _ = signal(self.sigmas[i], self.flow)
         return np.asarray(alpha * picture + sigma * noise)
+
+
+def _why_not_finite(config: UniPcConfig, sigmas: FloatArray, i: int, order: int) -> str:
+    """Why step `i` is no finite one, and what to do about it."""
+    now, after = sigmas[i], sigmas[i + 1]
+    if config.use_flow_sigmas and sigmas.max() >= 1:
+        spaced_by = next((key for key in SPACINGS if getattr(config, key)), "flow_shift")
+        return (
+            f"a flow's sigmas must be below 1 and they begin at {sigmas.max():g}; change {spaced_by}, or state a "
+            "sigma_max below 1"
+        )
+    settings = {
+        "solver_type 'bh2'": config.solver_type == "bh2",
+        "lower_order_final": order == 1,
+        "predict_x0": config.predict_x0,
+    }
+    if after == 0 and not all(settings.values()):
+        return f"it ends at sigma 0; use {', '.join(key for key, fits in settings.items() if not fits)}"
+    if now == after and order > 2:
+        return f"it stays at sigma {now:g}; use lower_order_final, or a solver_order of at most 2"
+    return f"it goes from sigma {now:g} to {after:g}; use another number of steps"
 
 
 def _schedule(config: UniPcConfig, options: SchedulerOptions) -> tuple[DoubleArray, FloatArray]:

@@ -134,6 +134,8 @@ def cases() -> Iterator[Case]:
         yield Case(flow, {sigmas: True}, steps(20))
     yield Case(dpm, {"euler_at_final": True, "final_sigmas_type": "sigma_min", "use_karras_sigmas": True}, steps(20))
     yield Case(dpm, {"thresholding": True, "sample_max_value": 2.0, "rescale_betas_zero_snr": True}, steps(20))
+    for betas in ({}, {"beta_start": 0.00085, "beta_end": 0.03}):
+        yield Case(dpm, {"use_lu_lambdas": True, "rescale_betas_zero_snr": True, **betas}, steps(20))
     yield Case(dpm, {"use_flow_sigmas": True, "use_dynamic_shifting": True}, steps(20, mu=0.9))
     yield Case(dpm, {"variance_type": "learned_range"}, steps(20))
     yield Case(dpm, {"trained_betas": [i / 60000 + 1e-4 for i in range(1000)]}, steps(20))
@@ -179,6 +181,8 @@ def cases() -> Iterator[Case]:
 
     yield Case(unipc, {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, steps(20))
     yield Case(unipc, {"predict_x0": False, "final_sigmas_type": "sigma_min", "solver_order": 3}, steps(20))
+    stays = {"final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_type": "bh1"}
+    yield Case(unipc, stays | {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, steps(15))
     yield Case(unipc, {"disable_corrector": [0, 1], "solver_order": 3}, steps(20))
     yield Case(unipc, {"use_karras_sigmas": True, "thresholding": True}, steps(20))
     yield Case(unipc, {"use_karras_sigmas": True, "use_flow_sigmas": True}, steps(20))

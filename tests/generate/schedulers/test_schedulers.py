@@ -16,7 +16,7 @@ from pipeline.generate.schedulers.dpmsolver import signal
 from pipeline.generate.schedulers.euler import EulerAncestral
 from pipeline.generate.schedulers.flow import FlowEuler, FlowEulerConfig
 from pipeline.generate.schedulers.predictions import thresholded
-from pipeline.generate.schedulers.tables import beta_quantile, linspace
+from pipeline.generate.schedulers.tables import beta_quantile, linspace, times_of
 
 SHAPE = (2, 3, 4, 4)
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -128,6 +128,13 @@ def test_an_option_that_makes_no_sense(name: str, options: dict[str, Any], why: 
         ("UniPCMultistepScheduler", {"solver_type": "bh1"}, 9, "no finite coefficients"),
         ("UniPCMultistepScheduler", {"lower_order_final": False}, 9, "step 8 has no finite coefficients"),
         ("UniPCMultistepScheduler", {"predict_x0": False}, 9, "step 8 has no finite coefficients"),
+        (
+            "EulerAncestralDiscreteScheduler",
+            {"beta_end": 0.03, "rescale_betas_zero_snr": True},
+            50,
+            "sigma rises from 4096 to 5560.14 at step 0, .* rescale_betas_zero_snr puts 4096 at the last timestep",
+        ),
+        ("EulerDiscreteScheduler", {"beta_end": 0.99}, 9, r"sigmas are not finite \(inf at the first step\)"),
         (FLOW, {"shift_terminal": 0.1}, 1, "sigmas are not finite"),
         (FLOW, {"use_dynamic_shifting": True}, 4, "needs one"),
     ],
@@ -136,6 +143,47 @@ def test_steps_that_would_be_nan(name: str, keys: dict[str, Any], n_steps: int, 
     """In diffusers they are, or raise an IndexError."""
     with pytest.raises(RecipeError, match=why):
         scheduler(name, n_steps, keys)
+
+
+UNIPC_REASONS: list[tuple[dict[str, Any], str]] = [
+    ({"solver_type": "bh1"}, "step 8 has no finite coefficients, as it ends at sigma 0; use solver_type 'bh2'$"),
+    (
+        {"solver_type": "bh1", "lower_order_final": False, "predict_x0": False},
+        "as it ends at sigma 0; use solver_type 'bh2', lower_order_final, predict_x0$",
+    ),
+    ({"predict_x0": False}, "as it ends at sigma 0; use predict_x0$"),
+    (
+        {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_order": 3},
+        r"step 8 .*, as it stays at sigma 0\.01\d*; use lower_order_final, or a solver_order of at most 2$",
+    ),
+    (
+        {"use_exponential_sigmas": True, "use_flow_sigmas": True},
+        "step 0 .*, as a flow's sigmas must be below 1 and they begin at 157.407; change use_exponential_sigmas",
+    ),
+]
+
+
+@pytest.mark.parametrize("keys, why", UNIPC_REASONS)
+def test_unipc_says_why_a_step_is_none(keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        scheduler("UniPCMultistepScheduler", 9, keys)
+
+
+def test_a_last_step_of_second_order_that_stays_at_its_sigma_is_one() -> None:
+    keys = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_type": "bh1"}
+    made = scheduler(
+        "UniPCMultistepScheduler", 15, keys | {"final_sigmas_type": "sigma_min", "lower_order_final": False}
+    )
+    x = picture()
+    for i in made.steps:
+        before, x = x, made.step(x, x, i, SeededNoise([0, 1]))
+    assert made.sigmas[-1] == made.sigmas[-2] and np.isfinite(x).all() and np.abs(x - before).max() < 0.1  # type: ignore[attr-defined]
+
+
+def test_euler_ancestral_may_begin_below_a_sigma_that_rises() -> None:
+    keys = {"beta_end": 0.03, "rescale_betas_zero_snr": True}
+    made = scheduler("EulerAncestralDiscreteScheduler", 50, keys, strength=0.9)
+    assert made.first == 5 and np.isfinite(drawn(made, picture(), picture())).all()
 
 
 @pytest.mark.parametrize(
@@ -211,6 +259,19 @@ def test_trailing_steps_are_as_many_as_were_asked_for() -> None:
     for n_steps in range(1, 1001):
         made = scheduler("DDIMScheduler", n_steps, {"timestep_spacing": "trailing"})
         assert len(made.timesteps) == n_steps and made.timesteps[-1] >= 0 and made.timesteps[0] == 999
+
+
+def test_a_drawing_begins_at_the_last_timestep_where_the_sigma_of_it_is_not_the_largest() -> None:
+    """Of linear betas the last sigmas of training fall to that of ZERO_SNR: diffusers looks for the last step whose
+    sigma is not above, as the definition below."""
+    log_sigmas = np.float32([-3, -1, 0, 2, 5, 4])
+    for wanted, time in ((-4, 0.0), (-2, 0.5), (1, 2.5), (3, 3 + 1 / 3), (4, 5.0), (4.5, 4.5), (6, 4.0)):
+        assert times_of(np.exp([wanted]), log_sigmas) == pytest.approx(time, abs=1e-12), wanted
+    keys = {"use_lu_lambdas": True, "rescale_betas_zero_snr": True}
+    for ends in ({}, {"beta_start": 0.00085, "beta_end": 0.03}):
+        for n_steps in range(1, 51):
+            made = scheduler("DPMSolverMultistepScheduler", n_steps, keys | ends)
+            assert made.timesteps[0] == 999, (ends, n_steps)
 
 
 def test_quantiles_of_the_beta_distribution_are_their_inverse() -> None:
