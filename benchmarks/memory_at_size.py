@@ -60,7 +60,7 @@ def built(engine: str, work_dir: Path, blocks: Blocks, flags: Sequence[str]) -> 
     words = ["--engine", engine, "-m", str(model), "-o", str(output), "--json", *flags]
     command = [sys.executable, "-c", f"{AS_LARGE}raise SystemExit(main({words!r}))"]
     environment = os.environ | {"DITC_CACHE": str(work_dir / "cache")}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
         assert process.stdout is not None
         events = [json.loads(line) for line in process.stdout]
     if process.returncode:
