@@ -39,7 +39,8 @@ class UniPcConfig(SigmaConfig, ThresholdConfig):
     solver_order: Literal[1, 2, 3] = 2
     prediction_type: FlowKind = "epsilon"
     predict_x0: bool = True
-    solver_type: Literal["bh1", "bh2"] = "bh2"
+    # Those of DPM-Solver stand for "bh2", as in diffusers: its files are drawn with by UniPC, too.
+    solver_type: Literal["bh1", "bh2", "midpoint", "heun", "logrho"] = "bh2"
     lower_order_final: bool = True
     disable_corrector: tuple[int, ...] = ()
     solver_p: None = None
@@ -132,7 +133,7 @@ class UniPc(Scheduler):
         h = after.lam - now.lam
         signed = -h if self.config.predict_x0 else h
         growth = float32.expm1(signed)
-        scale = growth if self.config.solver_type == "bh2" else signed
+        scale = signed if self.config.solver_type == "bh1" else growth
         ratios = np.array([(level.lam - now.lam) / h for level in past] + [ONE], np.float32)
         rows, sides, factorial, phi = [], [], 1, growth / signed - ONE
         for k in range(order):
@@ -206,7 +207,7 @@ def _why_not_finite(config: UniPcConfig, sigmas: FloatArray, i: int, order: int)
             "sigma_max below 1"
         )
     settings = {
-        "solver_type 'bh2'": config.solver_type == "bh2",
+        "solver_type 'bh2'": config.solver_type != "bh1",
         "lower_order_final": order == 1,
         "predict_x0": config.predict_x0,
     }

@@ -180,6 +180,7 @@ def cases() -> Iterator[Case]:
     yield Case("HeunDiscreteScheduler", {"use_karras_sigmas": True}, steps(20))
 
     yield Case(unipc, {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, steps(20))
+    yield Case(unipc, {"solver_type": "midpoint"}, steps(10))
     yield Case(unipc, {"predict_x0": False, "final_sigmas_type": "sigma_min", "solver_order": 3}, steps(20))
     stays = {"final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_type": "bh1"}
     yield Case(unipc, stays | {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, steps(15))
