@@ -16,6 +16,8 @@ from pathlib import Path
 
 from export.documents import sha256, shown
 from export.errors import ContractError, ParityError, RecipeError
+from export.models.adapters import merged_sha256
+from export.models.weights import find_weights
 from pipeline import machine
 from pipeline import recipe as recipes
 from pipeline.backends import PORTABLE, tool_versions
@@ -42,6 +44,7 @@ from pipeline.generate.example_prompts import PROMPTS_FILE
 from pipeline.generate.pipeline_classes import TRANSFORMER
 from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER, scheduler_class, write_scheduler_config
 from pipeline.parts import Part, PipelineFolder, read_folder
+from pipeline.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 # What the other components are built for, whatever the denoiser is: they run once for a picture.
@@ -87,22 +90,32 @@ def chosen_parts(request: BuildRequest, folder: PipelineFolder, only: str | None
             "--component first, or name that bundle by --output-dir"
         )
     part = folder.part(only)
-    refuse_others_of_another(pipeline_bundle.load_pipeline(request.output), folder, only)
+    refuse_others_of_another(pipeline_bundle.load_pipeline(request.output), request.recipe, folder, only)
     return (part,)
 
 
-def refuse_others_of_another(whole: PipelineBundle, folder: PipelineFolder, only: str) -> None:
-    """Raise RecipeError where a component that stays in the bundle was made by another recipe, or of another folder:
-    pipeline.json says one for all."""
-    made = read_folder(recipes.from_dict(whole.manifest["recipe"], str(whole.path / PIPELINE_FILE)))
-    for name in whole.components.keys() - {only}:
-        own, asked = (each.part(name).recipe.document() for each in (made, folder))
-        if differing := _first_difference(own, asked):
+def refuse_others_of_another(whole: PipelineBundle, recipe: Recipe, folder: PipelineFolder, only: str) -> None:
+    """Raise RecipeError where a component that stays in the bundle was made by another recipe, or of other weights than
+    the folder has: pipeline.json says one of each for all."""
+    made = recipes.from_dict(whole.manifest["recipe"], str(whole.path / PIPELINE_FILE))
+    parts = read_folder(replace(made, model=recipe.model))  # wherever the folder was by then
+    for name in sorted(whole.components.keys() - {only}):
+        own, asked = parts.part(name).recipe, folder.part(name).recipe
+        differing = _first_difference(own.document(), asked.document())
+        if not differing and weights_sha256(asked) != whole.components[name].manifest["model"]["sha256"]:
+            differing = f"file of weights than {asked.model} has"
+        if differing:
             raise RecipeError(
                 f"--component {only}: {name} stays in {whole.path}, and was made with another {differing}; give the "
                 "folder and the flags of that build beside what is new, or build the whole with --force, which takes "
                 "over what is the same"
             )
+
+
+def weights_sha256(recipe: Recipe) -> str:
+    """As of a loaded model, of which a recipe's folder holds the weights; nothing is loaded."""
+    files = find_weights(Path(recipe.model), recipe.model_variant)
+    return merged_sha256(files.sha256(), recipe.adapters)
 
 
 def _first_difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:

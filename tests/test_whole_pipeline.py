@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ditc import Pipeline
 from export.errors import ContractError
@@ -99,20 +100,28 @@ def test_a_component_is_replaced_and_the_others_stay(bundle: Path, folder: Path,
     assert {name for name in COMPONENTS if before[name] != after[name]} == {"text_encoder"}
 
 
-def test_no_component_of_another_recipe_or_folder_is_put_beside_others(
+def test_no_component_of_another_recipe_or_model_is_put_beside_others(
     bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
+    weights = other / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({key: tensor + 1 for key, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     before = load_pipeline(bundle).manifest
     for of, flags, words in (
         (folder, ("--set", "formats.weight=INT8"), "transformer stays in .*another formats.weight .'E2M1', not 'INT8'"),
         (folder, ("--set", "components.vae_decoder.budgets.quant_sqnr_db=-9"), "vae_decoder stays in .*quant_sqnr_db"),
-        (other, (), "stays in .*another model "),
+        (other, (), "transformer stays in .*another file of weights than .*other/transformer has"),
     ):
         assert build(of, bundle, "--component", "text_encoder", *flags) == 2
         assert re.search(words, capsys.readouterr().out.splitlines()[-1])
     assert load_pipeline(bundle).manifest == before
+
+
+def test_a_component_is_replaced_though_the_folder_has_moved(bundle: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "engine")
+    shutil.copytree(folder, tmp_path / "moved")
+    assert build(tmp_path / "moved", tmp_path / "engine", "--component", "vae_decoder", "--dry-run") == 0
 
 
 def test_what_was_built_before_is_taken_over(

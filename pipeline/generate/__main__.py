@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -101,13 +102,11 @@ def save(pictures: Pictures, path: Path, columns: int, scale: int, facts: Mappin
     for key, value in facts.items():
         information.add_itxt(key, str(value))
     image = as_image(sheet)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(partial, format="PNG", pnginfo=information)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    place = path.resolve()  # a link is written through
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".ditc-", dir=place.parent) as partial:
+        image.save(Path(partial) / "picture.png", format="PNG", pnginfo=information)
+        os.replace(Path(partial) / "picture.png", place)
     return image.size
 
 

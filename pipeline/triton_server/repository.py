@@ -121,22 +121,22 @@ def write(bundle: Bundle | PipelineBundle, folder: Path, threads: int | None = N
     (place / CONFIG).write_text(f"# {NOT_RUN}\n{text_format(stated)}\n", encoding="utf-8")
     script = resources.files("pipeline.triton_server") / "model.py"
     (place / SCRIPT).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
-    for source, file, row in sealed(bundle):
-        output = place / BUNDLE / (source / file).relative_to(bundle.path)
+    for name, row in sealed(bundle):
+        output = place / BUNDLE / name
         output.parent.mkdir(parents=True, exist_ok=True)
-        if row is None:
-            shutil.copyfile(source / file, output)
-            continue
         with output.open("xb") as opened:
-            read_verified(source, file, row, opened)
+            read_verified(bundle.path, name, row, opened)
+    own = PIPELINE_FILE if isinstance(bundle, PipelineBundle) else MANIFEST_FILE
+    shutil.copyfile(bundle.path / own, place / BUNDLE / own)  # is what seals the others
     return model_name(bundle)
 
 
-def sealed(bundle: Bundle | PipelineBundle) -> Iterator[tuple[Path, str, File | None]]:
-    """Every file of a bundle: its folder, its name there, and what the manifest says of it; None of the manifest."""
-    own = PIPELINE_FILE if isinstance(bundle, PipelineBundle) else MANIFEST_FILE
-    for file, row in bundle.manifest["files"].items():
-        yield bundle.path, file, row
-    for part in bundle.components.values() if isinstance(bundle, PipelineBundle) else ():
-        yield from sealed(part)
-    yield bundle.path, own, None
+def sealed(bundle: Bundle | PipelineBundle) -> Iterator[tuple[str, File]]:
+    """Every file of a bundle but its manifest, by its name there: size and hash."""
+    yield from bundle.manifest["files"].items()
+    if not isinstance(bundle, PipelineBundle):
+        return
+    for name, part in bundle.components.items():
+        stated = bundle.manifest["components"][name]["sha256"]
+        yield f"{name}/{MANIFEST_FILE}", {"size": (part.path / MANIFEST_FILE).stat().st_size, "sha256": stated}
+        yield from ((f"{name}/{file}", row) for file, row in part.manifest["files"].items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import replace
@@ -13,7 +14,7 @@ from PIL import Image
 import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
-from pipeline.generate.__main__ import arrange, default_scale, main, open_pixels
+from pipeline.generate.__main__ import arrange, default_scale, main, open_pixels, save
 from pipeline.generate.__main__ import draw as draw_with
 from pipeline.generate.draw import DrawRequest, to_pixels
 from pipeline.generate.pixel_model import makes_pixels, picture_shape
@@ -180,6 +181,24 @@ def test_command_writes_a_sheet_at_the_asked_scale(tmp_path, monkeypatch, capsys
     assert run_main(make_bundle(tmp_path), monkeypatch, *flags) == 0
     assert Image.open(target).size == (2 * (3 * 9 - 1), 2 * (2 * 9 - 1))
     assert json.loads(capsys.readouterr().out)["width"] == 52
+
+
+def test_a_picture_that_is_not_written_whole_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    (tmp_path / "kept.png").write_bytes(b"before")
+    (tmp_path / "out.png").symlink_to("kept.png")
+
+    def half_written(image, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", half_written)
+        with pytest.raises(OSError, match="No space left"):
+            save(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "out.png", 1, 1, {})
+    assert (tmp_path / "kept.png").read_bytes() == b"before"
+    save(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "out.png", 1, 1, {})
+    assert Image.open(tmp_path / "kept.png").size == (8, 8), "a link is written through"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.png", "out.png"]
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path, monkeypatch):

@@ -190,6 +190,8 @@ def test_there_is_no_preview_before_the_first_step(pipeline: Pipeline) -> None:
         ({"prompt": None, "class_labels": 3}, "class_labels 3; give a list of numbers"),
         ({"height": 0}, "height x width 0 x 8; the engine draws 8 x 8"),
         ({"width": "8"}, "height x width 8 x '8'; the engine draws 8 x 8"),
+        ({"guidance_scale": 10**400}, "is not a number; give one such as 4.5"),
+        ({"guidance_scale": np.complex64(1)}, "is not a number; give one such as 4.5"),
         ({"guidance_scale": 1e308}, "guidance scale 1e+308; it must be from -100 to 100"),
         ({"latents": np.full((1, 1, 8, 8), np.nan)}, "latents with NaN, Inf or numbers beyond float32"),
         ({"latents": np.full((1, 1, 8, 8), 1e300)}, "latents with NaN, Inf or numbers beyond float32"),

@@ -221,7 +221,9 @@ def test_a_whole_pipeline_is_written_and_drawn_with(
     words = b"a red ring " * 200
     [response] = served.execute([request(PROMPT=np.array([words, b"a cat"], object), STEPS=[2])])
     images, warnings = response.output_tensors
-    assert images.values.shape == (2, SIDE * CELL, SIDE * CELL, 3)
+    drawn = served.pipeline([words.decode(), "a cat"], seed=0, num_inference_steps=2).images
+    own = served.pipeline("a cat", seed=1, num_inference_steps=2).images  # the second picture has the next seed
+    np.testing.assert_array_equal(images.values, np.stack([np.asarray(drawn[0]), np.asarray(own[0])]))
     [warning] = warnings.values.tolist()
     assert b"tokens" in warning
     served.finalize()
