@@ -285,12 +285,23 @@ class Recorder:
         parameter = self.arguments.get("max_sequence_length")
         return parameter.default if parameter is not None and isinstance(parameter.default, int) else USUAL_TOKENS
 
+    def guided(self, scale: float, pictures: int) -> dict[str, object]:
+        """Arguments by which the pipeline, given texts, draws so many pictures at a scale of guidance, 1 for none."""
+        stated: dict[str, object] = {}
+        if "guidance_scale" in self.arguments:
+            stated["guidance_scale"] = scale - 1 + self.row.unguided
+        other = self.arguments.get("true_cfg_scale")  # above 1 by default where a class is meant to be guided by it
+        if other is not None and isinstance(other.default, int | float) and other.default > 1:
+            # Without a negative prompt it is not guided, and " " is what its own examples have for none.
+            stated |= {"true_cfg_scale": scale, "negative_prompt": [" "] * pictures if scale > 1 else None}
+        return stated
+
     def settings(self, drawing: Drawing) -> dict[str, object]:
-        """Arguments of the pipeline for a drawing."""
+        """Arguments of the pipeline for a drawing of embedded prompts."""
         wanted: dict[str, object] = {
             "height": drawing.height or self.own_size[0],
             "width": drawing.width or self.own_size[1],
-            "guidance_scale": drawing.guidance_scale - 1 + self.row.unguided,
+            **self.guided(drawing.guidance_scale, drawing.pictures),
             "num_inference_steps": N_STEPS,
             "output_type": "latent",
             "generator": torch.Generator().manual_seed(drawing.noise_seed),

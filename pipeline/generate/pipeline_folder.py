@@ -245,7 +245,11 @@ class PipelineSampler:
 
         self.pipe.transformer.engine = _Recorder(self.engine, keep, self.model.shared)
         size = self.recipe.sampling
-        settings = {"num_inference_steps": size.n_steps, "guidance_scale": size.guidance_scale}
+        recordings = self.model.family.recordings
+        guided: dict[str, object] = {"guidance_scale": size.guidance_scale}
+        if recordings is not None:  # scales count from another number in some, or stand under another name
+            guided = recordings.recorder.guided(size.guidance_scale, len(prompts))
+        settings = {"num_inference_steps": size.n_steps, **guided}
         named = pipeline_arguments(self.pipe, size, prompts)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         with drawing(self.root):

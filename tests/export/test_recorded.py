@@ -18,7 +18,7 @@ from export.errors import ModelError, RecipeError
 from export.models import load as models
 from export.models.description import sample_inputs
 from export.models.recorded import LATENTS, TIMESTEP, Recordings, recorded_family
-from export.models.recording import Drawing, leaves, pipeline_class
+from export.models.recording import N_STEPS, Drawing, leaves, pipeline_class
 from export.models.torch_modules import TabledTimesteps, set_resolution
 from pipeline.backends.reference import ReferenceEngine
 from pipeline.generate.diffusers_adapter import DrawnSize, EngineTransformer
@@ -115,6 +115,31 @@ def test_inputs_are_what_the_pipeline_gives(name: str, recordings: dict[str, Rec
     pipeline, inputs = LEARNED[name]
     assert recordings[name].recorder.pipeline_class.__name__ == pipeline
     assert {each.row.name: (each.row.shape, each.row.fill) for each in recordings[name].learned} == inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "expected"),
+    [
+        ("sd3", 4.5, {"guidance_scale": 4.5}),
+        ("flux", 4.5, {"guidance_scale": 4.5}),  # which it is told; its true_cfg_scale is 1 by default
+        ("zimage", 1.0, {"guidance_scale": 0.0}),
+        ("zimage", 4.5, {"guidance_scale": 3.5}),
+        ("qwen", 1.0, {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "negative_prompt": None}),
+        ("qwen", 4.0, {"guidance_scale": 4.0, "true_cfg_scale": 4.0, "negative_prompt": [" ", " "]}),
+    ],
+)
+def test_a_scale_of_guidance_is_what_the_pipeline_means_by_it(
+    name: str, scale: float, expected: dict[str, object], recordings: dict[str, Recordings]
+) -> None:
+    """1 is without guidance: each picture goes through the model once a step then, and above it twice, unless the model
+    is told the scale."""
+    recorder = recordings[name].recorder
+    assert recorder.guided(scale, 2) == expected
+    drawing = Drawing(height=64, width=64, guidance_scale=scale)
+    latents = "x" if name == "zimage" else LATENTS
+    pictures = sum(len(call[latents]) for call in recorder.record(drawing).calls)
+    told = recordings[name].is_told_guidance
+    assert pictures == drawing.pictures * N_STEPS * (1 if told or scale == 1 else 2)
 
 
 @pytest.mark.parametrize("name", recorded_models.MODELS)
