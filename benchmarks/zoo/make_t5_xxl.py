@@ -23,7 +23,9 @@ from benchmarks import record
 from benchmarks.zoo.make_xl import SHARD_BYTES, write_shards
 
 LAYERS, WIDTH, FF, HEADS, HEAD_DIM, VOCABULARY = 24, 4096, 10240, 64, 64, 32128
-# Channels with outliers, of a tensor's; how much larger they are than the others.
+# Channels with outliers, of a tensor's; how much larger they are than the others. Of trained transformers from 6.7 B
+# parameters on LLM.int8() (arXiv 2208.07339) reports about 0.1 % of the channels and up to 20 times; these are a little
+# more of both.
 SHARE = 1 / 512
 STREAM, NORM, GATED = 24.0, 6.0, 6.0
 SMALL = 0.1
