@@ -98,7 +98,8 @@ def resolve(args: argparse.Namespace) -> recipes.Recipe:
     """The recipe with all flags applied; one that was not given, or that the verb does not have, changes nothing."""
     flags = {name: value for name, value in vars(args).items() if value is not None}
     recipe = recipes.with_settings(recipes.load(args.engine), args.set)
-    recipe = recipes.with_model(recipe, args.model, args.variant, args.config, args.lora)
+    lora = recipe.lora if args.lora is None else args.lora  # whole paths: a bundle may be verified from another folder
+    recipe = recipes.with_model(recipe, args.model, args.variant, args.config, lora)
     for backend, flag, value in given_flags(args):
         recipe = recipe.with_options(replace(backend.options(recipe), **{flag.option: value}))
     sampling = {name: flags[name] for name in SAMPLING_FLAGS if name in flags}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -263,8 +264,8 @@ class Recipe:
         object.__setattr__(self, "targets", defaults | dict(self.targets))
         for pattern in self.keep:
             _check_pattern(pattern)
-        paths = [adapter.path for adapter in self.adapters]
-        if twice := [path for path in paths if paths.count(path) > 1]:
+        paths = [os.path.realpath(adapter.path) for adapter in self.adapters]
+        if twice := [adapter.path for adapter, path in zip(self.adapters, paths, strict=True) if paths.count(path) > 1]:
             raise RecipeError(f"recipe {self.name}: adapter {twice[0]} stands there twice; give it once, at one scale")
         for name, table in self.components.items():
             if BASE in table:

@@ -44,6 +44,8 @@ OTHER_KINDS = (
 )
 KINDS_REMEDY = "merge it with the program that trained it, and give the merged model's folder"
 NAMED = 3
+# From here on tensors are numbered: ranks are smaller, and float32 is exact for 15 million more.
+FIRST_NUMBER = 2**20
 
 
 def refuse_other_kinds(names: Collection[str], source: str) -> None:
@@ -167,7 +169,8 @@ def _conversion(class_name: str) -> Conversion | None:
 
 
 def _converted(tensors: Mapping[str, Tensor], convert: Conversion, source: str) -> dict[str, Tensor]:
-    """Raises ModelError where diffusers cannot convert the tensors, or drops some that are not zero."""
+    """Raises ModelError where diffusers cannot convert the tensors, or drops some that are not zero (of alphas, not the
+    rank)."""
     try:
         named = convert(dict(tensors))
         kept = _kept(tensors, convert)
@@ -176,7 +179,9 @@ def _converted(tensors: Mapping[str, Tensor], convert: Conversion, source: str) 
             f"{source}: {listed(list(tensors))}: neither names of this model's layers, nor can diffusers convert them "
             f"({type(error).__name__}: {error}); check that the adapter was trained on this model"
         ) from error
-    if dropped := [name for name in tensors if name not in kept and bool(tensors[name].any())]:
+    nothing = _ranks(tensors)  # the value of an alpha that says no more than its absence
+    dropped = [name for name in tensors if name not in kept and bool((tensors[name] != nothing.get(name, 0.0)).any())]
+    if dropped:
         _refuse_other_component(dropped, source)
         raise ModelError(
             f"{source}: {listed(dropped)}: diffusers leaves them out for this model, and nothing of an adapter is left "
@@ -189,17 +194,41 @@ def _kept(tensors: Mapping[str, Tensor], convert: Conversion) -> set[str]:
     """Names of the tensors whose numbers come out of a conversion.
 
     Conversions rename, split and join tensors, and multiply them by alpha / rank. So each is put in once more with a
-    number of its own in all of its elements, and alphas as ranks; alphas go the way of their factors.
+    number of its own in all of its elements, and alphas as ranks. With alphas as numbers of their own, too, each must
+    come out as it is, or change what comes out of its factors.
     """
     import torch
 
-    ranks = {re.sub(ENDINGS[0][0] + "$", "", name): tensor.shape[0] for name, tensor in tensors.items() if tensor.ndim}
-    numbers = {name: float(i) for i, name in enumerate(tensors, 1)}
-    numbered = {}
-    for name, tensor in tensors.items():
-        value = float(ranks.get(name.removesuffix(".alpha"), 1)) if name.endswith(".alpha") else numbers[name]
-        numbered[name] = torch.full((), value, dtype=torch.float32).expand(tensor.shape)
-    out = {value for tensor in convert(numbered).values() for value in torch.as_tensor(tensor).unique().tolist()}
-    kept = {name for name, number in numbers.items() if number in out and not name.endswith(".alpha")}
-    heads = {re.sub(ENDINGS[0][0] + "$", "", name) for name in kept}
-    return kept | {name for name in tensors if name.endswith(".alpha") and name.removesuffix(".alpha") in heads}
+    ranks = _ranks(tensors)
+    numbers = {name: float(i) for i, name in enumerate(tensors, FIRST_NUMBER)}
+
+    def comes_out(values: Mapping[str, float]) -> dict[str, set[float]]:
+        """The numbers in each tensor of the conversion's result."""
+        filled = {
+            name: torch.full((), values[name], dtype=torch.float32).expand(tensor.shape)
+            for name, tensor in tensors.items()
+        }
+        return {name: set(torch.as_tensor(tensor).unique().tolist()) for name, tensor in convert(filled).items()}
+
+    plain, scaled = comes_out(numbers | ranks), comes_out(numbers)
+    kept = {name for name, number in numbers.items() if any(number in out for out in plain.values())}
+    changed = {value for name, out in plain.items() for value in out - scaled.get(name, set())}
+    heads = {_head(name) for name in kept if numbers[name] in changed}
+    handed_on = {value for out in scaled.values() for value in out}
+    return kept | {name for name in ranks if numbers[name] in handed_on or _head(name) in heads}
+
+
+def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of each alpha, the number that it is divided by: with that as its value it says nothing."""
+    down = ENDINGS[0][0]
+    rows = {_head(name): tensor.shape[0] for name, tensor in tensors.items() if re.search(f"{down}$", name)}
+    return {name: float(rows.get(_head(name), 1)) for name in tensors if name.endswith(".alpha")}
+
+
+def _head(name: str) -> str:
+    """What the names of a layer's tensors have in common.
+
+    >>> _head("a.b.lora_A.weight"), _head("a.b.alpha")
+    ('a.b', 'a.b')
+    """
+    return next((match[1] for pattern, _ in ENDINGS if (match := re.fullmatch(f"(.+?){pattern}", name))), name)

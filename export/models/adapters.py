@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA) that become part of a float model before anything is quantized.
 
-A layer of weight W becomes W + scale * alpha / rank * up @ down, computed in float32 and rounded once to W's own type;
-several adapters of one layer are added up before that. As diffusers does it by `fuse_lora`, and PEFT by
+A layer of weight W becomes W + scale * alpha / rank * up @ down, computed in float32 and rounded once to the type
+that W is read as: the file's own, fp16 of a float8 weight, float32 of one with scales (float8, NVFP4). Several adapters
+of one layer are added up before that. As diffusers does it by `fuse_lora`, and PEFT by
 `merge_and_unload`, an adapter without alphas has scale 1.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,14 @@ from typing import TYPE_CHECKING
 
 from export.documents import Rules, check_json, read_json, sha256, shown
 from export.errors import ModelError, RecipeError
-from export.models.adapter_names import PEFT_PREFIX, Part, by_layer, is_pefts_own, refuse_other_kinds
+from export.models.adapter_names import (
+    KINDS_REMEDY,
+    PEFT_PREFIX,
+    Part,
+    by_layer,
+    is_pefts_own,
+    refuse_other_kinds,
+)
 from export.models.weights import ADAPTER_FILES, NOT_READ, REFETCH, weights_file
 
 if TYPE_CHECKING:
@@ -28,6 +36,8 @@ if TYPE_CHECKING:
 METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
 # Starts of training that leave the base model as it is; others (PiSSA, OLoRA, ...) take something out of it first.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Keys of PEFT with what differs by layer.
+PATTERNS = ("alpha_pattern", "rank_pattern")
 # Keys of PEFT that make something else of the two factors, where they are set.
 OTHER_RULES = ("use_dora", "use_qalora", "alora_invocation_tokens", "layer_replication")
 
@@ -41,11 +51,14 @@ class Adapter:
 
     @classmethod
     def parse(cls, text: str) -> Adapter:
-        """Of FILE or FILE:SCALE. Raises RecipeError for a scale that is no finite number, or zero.
+        """Of FILE or FILE:SCALE. Raises RecipeError for a scale that is no finite number, or zero, and for
+        what is no path.
 
         >>> Adapter.parse("style.safetensors:0.8").scale, Adapter.parse("style.safetensors").scale
         (0.8, 1.0)
         """
+        if "\0" in text:
+            raise RecipeError(f"--lora {text!r}: no path has a null character; give FILE or FILE:SCALE")
         name, colon, end = text.rpartition(":")
         if not colon or "/" in end or Path(end).suffix in (".safetensors", *NOT_READ):
             name, end = text, "1"
@@ -118,6 +131,7 @@ def merged(
     for adapter in adapters:
         for layer, update in _updates(adapter, module, class_name).items():
             updates.setdefault(layer, []).append(update)
+    _refuse_tied(updates, module, ", ".join(str(adapter) for adapter in adapters))
     result = dict(tensors)
     for layer, of_layer in updates.items():
         for name, change in ((f"{layer}.weight", Update.of_weight), (f"{layer}.bias", Update.of_bias)):
@@ -153,8 +167,23 @@ def _updates(adapter: Adapter, module: nn.Module, class_name: str) -> dict[str, 
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Modules with a weight, by path."""
-    return {path: part for path, part in module.named_modules() if getattr(part, "weight", None) is not None}
+    """Modules with a weight, by path; one that has two paths, by both."""
+    parts = module.named_modules(remove_duplicate=False)
+    return {path: part for path, part in parts if getattr(part, "weight", None) is not None}
+
+
+def _refuse_tied(layers: Collection[str], module: nn.Module, adapters: str) -> None:
+    """Raise ModelError for a parameter of an adapted layer that has another name in the model, too, by which it would
+    be read without the update."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        if len(tied) > 1 and any(name.rpartition(".")[0] in layers for name in tied):
+            raise ModelError(
+                f"adapter {adapters}: {' and '.join(tied)} are one parameter of the model, and an update of it is not "
+                f"merged here; {KINDS_REMEDY}"
+            )
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -170,7 +199,7 @@ def _read(adapter: Adapter) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         raise ModelError(f"adapter {path} is a folder; give its file" + f", {path / held[0]}" * bool(held))
     files = weights_file(path)
     if not path.is_file():
-        raise ModelError(f"adapter {path} is not a file here; check the path")
+        raise ModelError(f"adapter {path} is not a file here; check the path, or say where it is with --lora")
     files.refuse_damaged()
     source, tensors = f"adapter {path}", {}
     stored = {key: tensor for _, key, tensor in files.tensors()}
@@ -203,6 +232,9 @@ def _peft_config(adapter: Adapter, header: Mapping[str, str], own: bool) -> Mapp
         return None
     if (kind := config.get("peft_type") or "LORA") != "LORA":
         raise ModelError(f"{source}: peft_type is {shown(kind)}; only LORA is merged here")
+    for key in PATTERNS:
+        if not isinstance(table := config.get(key) or {}, dict):
+            raise ModelError(f"{source}: {key} is {shown(table)}, not a table of layers; {REFETCH}")
     for key in OTHER_RULES:
         if config.get(key):
             raise ModelError(f"{source}: {key} is {shown(config[key])}, which is no product of two factors alone")
@@ -260,9 +292,9 @@ def _stated_scale(config: Mapping[str, object] | None, path: str, rank: int, sou
     if config is None:
         return 1.0
     patterns = config.get("alpha_pattern") or {}
+    assert isinstance(patterns, dict)
     alpha = config.get("lora_alpha", 8)  # PEFT's own default
-    if isinstance(patterns, dict):
-        alpha = next((value for key, value in patterns.items() if _fits(key, path, source)), alpha)
+    alpha = next((value for key, value in patterns.items() if _fits(key, path, source)), alpha)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelError(f"{source}: lora_alpha of layer {path} is {shown(alpha)}, not a number; {REFETCH}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

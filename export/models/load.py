@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from export.documents import shown
 from export.errors import ModelError
 from export.formats.operands import HALF_ROUNDING
-from export.models.adapters import Adapter, merged, merged_sha256
+from export.models.adapters import PEFT_CONFIG, Adapter, merged, merged_sha256
 from export.models.config import FILE as CONFIG
 from export.models.config import (
     OLDER_CLASS,
@@ -202,8 +202,8 @@ def load(
 def _adapters_beside(root: Path, folder: Path, given: Sequence[Adapter]) -> tuple[str, ...]:
     """A note for each adapter that lies beside the model: nothing says whether it is meant to be part of it."""
     paths = {place / name for place in {root, folder} for name in ADAPTER_FILES if (place / name).is_file()}
-    places = {adapter.path.resolve().parent for adapter in given}  # PEFT's is two files
-    others = sorted(path for path in paths if path.resolve().parent not in places)
+    own = {file.resolve() for each in given for file in (each.path, each.path.with_name(PEFT_CONFIG))}
+    others = sorted(path for path in paths if path.resolve() not in own)
     remedy = f"give its file with --lora, or {MERGE}"
     return tuple(f"{path} is an adapter and is not part of this model; if it should be, {remedy}" for path in others)
 
@@ -457,10 +457,12 @@ def _nan(module: nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
 def save_kept(model: LoadedModel, folder: Path) -> None:
     """Write what the model holds beside the linears to quantize, as in its files: with a checkpoint, all of an export.
 
-    The folder is there only when it is whole.
+    The folder is there only when it is whole. Raises ModelError where the files are others than the model was loaded
+    from.
     """
     from safetensors.torch import save_file
 
+    _refuse_changed(model)
     stored = _read(model.files, model.config, model.module, set(), model.family).tensors
     absent = _quantized_tensors(model.module, model.family)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -477,6 +479,16 @@ def save_kept(model: LoadedModel, folder: Path) -> None:
         shutil.copyfile(model.folder / GENERATION_FILE, partial / GENERATION_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _refuse_changed(model: LoadedModel) -> None:
+    """Raise ModelError, naming it, for a file that is no longer what the model was loaded from."""
+    for adapter in model.adapters:
+        if replace(adapter).sha256 != adapter.sha256:  # of a new one, as each remembers its own
+            raise ModelError(f"adapter {adapter.path} has changed since the model was loaded with it; start again")
+    if merged_sha256(model.files.sha256(), model.adapters) != model.sha256:
+        named = ", ".join(str(model.files.folder / name) for name in model.files.names)
+        raise ModelError(f"{named}: changed since the model was loaded; start again")
 
 
 def _assign(module: nn.Module, family: Family, tensors: dict[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from export.formats.operands import ROUNDING
 from export.models import float8, nvfp4
 from export.models.families import Config
 from export.models.original_layouts import LAYOUTS, MARK, WITHOUT_MARK, plain_names, translated
-from export.models.weights import MERGE, WeightsFiles
+from export.models.weights import GIVE_ADAPTER, WeightsFiles
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ REFUSED = (
     (
         r".*((?<!svdquant_)lora|hada_|lokr_|dora_|oft_|base_layer|magnitude_vector|\.alpha$).*",
         "part of an adapter that was not merged",
-        MERGE,
+        GIVE_ADAPTER,
     ),
     (
         r".*(_amax|_quantizer\..*|_zero_point|zeros|g_idx|comfy_quant|absmax|quant_map|quant_state.*|_scale_2|pre_quant_scale|svdquant_lora_[ab])",

@@ -58,10 +58,11 @@ class Row:
     transformer that hold one equal item for each picture, of which its code reads the first. listed: whether the
     pipeline takes embedded prompts as a list. flows: whether it is a rectified flow, whatever its scheduler's class.
     prefixes: parts of it whose code would fix the number of tokens. prompted: whether a prompt must have a token, as
-    its code makes NaN of none, or fails. batches: how it is called with tensors where it takes lists. unguided: the
-    guidance scale at which its pipeline draws without guidance, and above which every scale is as much larger as of
-    others. side: pixels of a picture's side where a caller names none, and patch: cells of a token's side, where
-    neither its pipeline nor its configuration says them."""
+    its code divides by their number, or fails; attention to none would give zeros there, and a mean here. batches: how
+    it is called with tensors where it takes lists. unguided: the guidance scale at which its pipeline draws without
+    guidance, and above which every scale is as much larger as of others. side: pixels of a picture's
+    side where a caller names none, and patch: cells of a token's side, where neither its pipeline nor its configuration
+    says them."""
 
     arguments: Callable[[Config], Mapping[str, object]] = lambda config: {}
     single: tuple[str, ...] = ()

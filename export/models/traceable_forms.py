@@ -1,7 +1,8 @@
 """What the code of models computes with and no graph has a form for, in forms that a graph has.
 
 Complex numbers become pairs of tensors, a mask of truth values what is added to an attention's scores, a number of
-tokens that is made a tensor of stays a number that a graph knows. The values are the same but for roundings.
+tokens that is made a tensor of stays a number that a graph knows. The values are the same but for roundings, except
+where a mask leaves out everything that a query could see: here that gives the mean of the values, in torch zeros.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_map_only
 
+from export.errors import ModelError
 from export.models.families import MOST_TOKENS
 
 # Added to the scores of tokens that a mask leaves out, as diffusers adds it in models whose masks are numbers: the
@@ -110,7 +112,7 @@ class _Forms(TorchFunctionMode):
         if func is Tensor.masked_fill and args[0].dtype == torch.bool and not named:
             return args[0] | args[1] if args[2] else args[0] & ~args[1]  # runtimes choose among numbers alone
         if func is torch.as_tensor and isinstance(args[0], torch.SymInt):
-            return torch.scalar_tensor(args[0], dtype=torch.int64, device=named.get("device"))
+            return torch.scalar_tensor(args[0], dtype=named.get("dtype") or torch.int64, device=named.get("device"))
         if func is scaled_dot_product_attention and "attn_mask" in named:
             query = args[0] if args else named["query"]
             named["attn_mask"] = _bias(named["attn_mask"], query.dtype)
@@ -177,7 +179,8 @@ def use_real_tables(module: nn.Module) -> None:
 
 
 def use_prefix(module: nn.Module, prefix: Prefix) -> None:
-    """Let a part of a module compute a table for MOST_TOKENS, and give as many of its rows as it is asked for."""
+    """Let a part of a module compute a table for MOST_TOKENS, and give as many of its rows as it is asked for. Its
+    forward raises ModelError where it is asked for no number."""
     part = module.get_submodule(prefix.part)
     cls: Any = type(part)
     signature = inspect.signature(cls.forward)
@@ -185,7 +188,13 @@ def use_prefix(module: nn.Module, prefix: Prefix) -> None:
     class Prefixed(cls):  # a class, not a part around it: what the part holds keeps its path
         def forward(self, *args: object, **kwargs: object) -> tuple[object, ...]:
             bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
             rows, bound.arguments[prefix.counted] = bound.arguments[prefix.counted], MOST_TOKENS
+            if rows is None:
+                raise ModelError(
+                    f"{cls.__name__}: its argument {prefix.counted} is None, so that nothing says how many rows of its "
+                    "table are read; its model must pass it a number"
+                )
             tables = list(cls.forward(*bound.args, **bound.kwargs))
             tables[prefix.table] = tables[prefix.table][:rows]
             return tuple(tables)

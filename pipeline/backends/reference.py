@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,21 +25,17 @@ from export.formats.attention import WEIGHT_MAX, AttentionFormats
 from export.formats.format import Format, get_format
 from export.formats.operands import FP32_BITS, SUM_UNIT, float32_sums
 from export.models.attention_calls import attention_calls
+from export.models.load import LARGE_ELEMENTS, LoadedModel
 from export.models.torch_modules import Denoiser, UpcastLinear, stated_config
 from export.router import Router
 from pipeline.backends import feeds
 from pipeline.backends.base import Arrays
 from pipeline.progress import raise_if_stopped
 
-if TYPE_CHECKING:
-    from export.models.load import LoadedModel
-
 # Of each float type: the integer type of its size, and the mask of its exponent field.
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 # Parameters up to which integers are kept: several references of one model, a byte for each weight and each of them.
 MOST_UNPACKED = 1_000_000_000
-# Numbers of a table of which no copy is made in another type.
-LARGE_TABLE = 2**24
 # Arrays of a layer that the reference computes with in its own float type.
 FLOAT_ARRAYS = (
     "scales", "bias", "activation_scale", "activation_zero", "input_multiplier", "input_offset", "lora_down", "lora_up",
@@ -324,7 +319,7 @@ def _convert(part: nn.Module, dtype: torch.dtype) -> None:
     A large table, such as a vocabulary's, keeps its type, and what is looked up is converted; so does the weight of a
     linear that is upcast at use.
     """
-    if isinstance(part, nn.Embedding) and (part.weight.itemsize < 4 or part.weight.numel() >= LARGE_TABLE):
+    if isinstance(part, nn.Embedding) and (part.weight.itemsize < 4 or part.weight.numel() >= LARGE_ELEMENTS):
         part.register_forward_hook(lambda _, __, rows: rows.to(dtype))
         return
     kept = ("weight",) if isinstance(part, UpcastLinear) else ()

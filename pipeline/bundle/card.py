@@ -224,7 +224,7 @@ def part_sections(part: Part) -> Iterable[str]:
     revision = f", revision {model['revision']}" if model["revision"] else ""
     yield f"## {title}"
     adapters = "".join(
-        f", the adapter `{row['file']}` (sha256 `{row['sha256'][:16]}...`) merged into it at scale {row['scale']:g}"
+        f", the adapter `{row['file']}` (sha256 `{row['sha256'][:16]}...`) merged into it at scale {row['scale']!r}"
         for row in model.get("adapters", [])
     )
     yield (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from export.errors import RecipeError
+from export.models.weights import GIVE_ADAPTER
 
 
 class EngineLacksError(RecipeError, AttributeError):
@@ -24,7 +25,7 @@ SAVED = (
 )
 OPENED = "an engine is opened by load(BUNDLE).as_diffusers() of the package pipeline"
 FIXED = "an engine's weights are packed and fixed; change the float transformer and build it again"
-ADAPTED = "an engine takes no adapters; merge them into the float transformer, save that and build it again"
+ADAPTED = f"an engine takes no adapters; build one of the model with them: {GIVE_ADAPTER}"
 TRAINED = "an engine computes no gradients; train the float transformer and build it again"
 COMPILED = "an engine is compiled already; it is called as it is"
 PLACED = "an engine stays where its target runs; choose another with load(BUNDLE).as_diffusers(TARGET)"

@@ -1,6 +1,6 @@
 """Samplers: from noise to a picture by repeated calls of a denoiser. NumPy only, so that generating needs no torch.
 
-These two are the bundled models' own, and what calibration and gates sample with. Their tables are float64, so they
+These are what bundled models draw with, and what calibration and gates sample with. Their tables are float64, so they
 differ from the schedulers of diffusers (folder schedulers/) in the last bits, which stored results depend on.
 """
 

@@ -114,7 +114,7 @@ def verify_bundle(
     if model.sha256 != original.manifest["model"]["sha256"]:
         remedy = "name the model that the bundle was built from with -m"
         if rows := original.manifest["model"].get("adapters"):
-            named = ", ".join(f"{row['file']}:{row['scale']:g}" for row in rows)
+            named = ", ".join(f"{row['file']}:{row['scale']!r}" for row in rows)
             remedy += f", and its adapters with --lora, unchanged and in their order: {named}"
         raise ContractError(f"{model.source} has other weights than the bundle was built from; {remedy}")
     if PORTABLE not in original.targets:

@@ -102,7 +102,7 @@ def _facts(model: LoadedModel, recipe: Recipe, n_steps: int | None = None) -> di
     """n_steps: None of a model of which nothing is quantized, nor asked for by the recipe."""
     here = machine.facts()
     count = sum(tensor.numel() for tensor in model.module.parameters())
-    named = [f"{each.path.name} ({each.sha256[:16]}) at scale {each.scale:g}" for each in model.adapters]
+    named = [f"{each.path.name} ({each.sha256[:16]}) at scale {each.scale!r}" for each in model.adapters]
     adapters = {"merged adapters": ", ".join(named)} if named else {}
     return {
         "Model": {

@@ -12,6 +12,7 @@ from export.errors import ModelError, RecipeError
 from export.models.adapter_names import refuse_other_kinds
 from export.models.adapters import Adapter
 from pipeline import __main__ as cli
+from pipeline import build
 from pipeline import recipe as recipes
 from pipeline.bench.convert import FloatModel
 
@@ -32,6 +33,7 @@ WRONG_TEXTS = {
     "a.safetensors:nan": "scale nan of file",
     "a.safetensors:-inf": "scale -inf of file",
     ":1": "scale 1 of file ''",
+    "a\0.safetensors": "no path has a null character",
 }
 
 
@@ -58,6 +60,14 @@ def test_a_recipe_states_whole_paths_and_goes_through_toml(tmp_path: Path, monke
     assert "lora" not in RECIPE.document()
 
 
+def test_a_build_states_whole_paths_of_a_recipe_s_own_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text(recipes.to_toml(replace(RECIPE, lora=("a.safetensors:0.5",))), encoding="utf-8")
+    flags = build.make_parser().parse_args(["--engine", "own.toml"])
+    assert build.resolve(flags).lora == (f"{tmp_path / 'a.safetensors'}:0.5",)
+
+
 def test_adapters_stay_with_another_model_unless_others_are_named() -> None:
     """A bundle whose model was moved is else compared with that model without them."""
     own = replace(RECIPE, lora=("a.safetensors:0.5",))
@@ -69,6 +79,15 @@ def test_adapters_stay_with_another_model_unless_others_are_named() -> None:
 def test_one_file_stands_there_once() -> None:
     with pytest.raises(RecipeError, match=r"adapter a.safetensors stands there twice; give it once, at one scale"):
         replace(RECIPE, lora=("a.safetensors:0.5", "a.safetensors"))
+
+
+def test_one_file_stands_there_once_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    (tmp_path / "link.safetensors").symlink_to("a.safetensors")
+    for other in ("./a.safetensors", str(tmp_path / "a.safetensors"), "link.safetensors"):
+        with pytest.raises(RecipeError, match=r"adapter a.safetensors stands there twice"):
+            replace(RECIPE, lora=("a.safetensors:0.5", other))
 
 
 def test_processes_that_load_the_model_themselves_are_told() -> None:

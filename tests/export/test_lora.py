@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.tools.environments import CannotBeHadError
 from export.errors import ModelError
+from export.models import adapter_names
 from export.models import load as models
-from export.models.adapters import Adapter
+from export.models.adapters import Adapter, merged
 from export.models.load import load, save_kept
 from pipeline.__main__ import main
 from tests.support import peft_run, recorded_models, tiny
@@ -217,6 +218,47 @@ def test_what_diffusers_drops_is_refused(flux: Path, tmp_path: Path) -> None:
         loaded(flux, path)
 
 
+@pytest.mark.parametrize(("alpha", "is_merged"), [(RANK, True), (RANK + 1, False)])
+def test_an_alpha_that_diffusers_drops_is_refused_unless_it_is_the_rank(
+    flux: Path, alpha: int, is_merged: bool, tmp_path: Path
+) -> None:
+    """It converts the factors of FLUX's last layer, and not their alpha."""
+    rows, columns = load_file(flux / WEIGHTS)["proj_out.weight"].shape
+    down, up, name = random(RANK, columns), random(rows, RANK), "lora_unet_final_layer_linear"
+    tensors = kohya_flux(flux)[0] | {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    path = written(tmp_path / "a.safetensors", tensors | {f"{name}.alpha": torch.tensor(float(alpha))})
+    if is_merged:
+        whole = expected(flux, "proj_out", SCALE * (up @ down))
+        torch.testing.assert_close(
+            loaded(flux, path)["proj_out.weight"], models.stored_value("", whole), rtol=0, atol=1e-6
+        )
+    else:
+        with pytest.raises(ModelError, match=f"tensor {name}.alpha: diffusers leaves them out for this model"):
+            loaded(flux, path)
+
+
+def test_what_comes_out_of_a_conversion_is_told_by_numbers_that_no_rank_is() -> None:
+    """With four rows, alphas that are handed on have the value 4, and the fourth tensor is dropped."""
+    factors = {f"{layer}.lora_{side}.weight": random(4, 4) for layer in "ab" for side in ("down", "up")}
+    tensors = factors | {f"{layer}.alpha": ALPHA for layer in "abc"}
+    dropped = {"b.lora_up.weight", "b.alpha"}
+
+    def convert(given: Tensors) -> Tensors:
+        """The first layer's alpha is handed on, the last one's, too, and the second one's is forgotten."""
+        return {f"new.{name}": tensor for name, tensor in given.items() if name not in dropped}
+
+    def multiply(given: Tensors) -> Tensors:
+        """Alphas are multiplied into one factor or the other, but for the last one."""
+        alphas = [given.pop(f"{layer}.alpha") for layer in "abc"]
+        given["a.lora_down.weight"] = given["a.lora_down.weight"] * alphas[0] / 4
+        given["b.lora_up.weight"] = given["b.lora_up.weight"] * alphas[1] / 4
+        return given
+
+    assert list(tensors)[3] == "b.lora_up.weight"
+    assert adapter_names._kept(tensors, convert) == tensors.keys() - dropped
+    assert adapter_names._kept(tensors, multiply) == tensors.keys() - {"c.alpha"}
+
+
 def test_names_that_diffusers_cannot_convert_are_refused(flux: Path, tmp_path: Path) -> None:
     tensors = {"diffusion_model.nonsense.lora_A.weight": DOWN, "diffusion_model.nonsense.lora_B.weight": UP}
     with pytest.raises(
@@ -290,11 +332,33 @@ def test_kept_layers_of_a_checkpoint_are_merged(pixart: Path, tmp_path: Path) ->
     assert not torch.equal(kept[f"{layer}.weight"], loaded(pixart)[f"{layer}.weight"])
 
 
+@pytest.mark.parametrize("changed", ["adapter", "model"])
+def test_files_that_changed_since_the_model_was_loaded_end_a_checkpoint(
+    pixart: Path, changed: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pixart, tmp_path / "model")
+    path = written(tmp_path / "a.safetensors", FORMS["diffusers"][0])
+    model = load(str(folder), adapters=[Adapter(path)])
+    other = path if changed == "adapter" else folder / WEIGHTS
+    tensors = load_file(other)
+    other.unlink()  # the model maps its file
+    written(other, tensors | {name: tensor + 1 for name, tensor in list(tensors.items())[:1]})
+    with pytest.raises(ModelError, match=rf"{other.name}:? .*changed since the model was loaded"):
+        save_kept(model, tmp_path / "kept")
+    assert not list(tmp_path.glob("kept*"))
+
+
 def test_an_adapter_beside_the_model_is_told_unless_it_is_merged(pixart: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(pixart, tmp_path / "model")
     path = written(folder / "pytorch_lora_weights.safetensors", FORMS["diffusers"][0])
     assert "give its file with --lora, or merge the adapter" in load(str(folder)).notes[0]
     assert load(str(folder), adapters=[Adapter(path)]).notes == ()
+    of_peft = written(
+        folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in FORMS["no prefix"][0].items()}
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 1}), encoding="utf-8")
+    [note] = load(str(folder), adapters=[Adapter(of_peft)]).notes
+    assert note.startswith(f"{path} is an adapter and is not part of this model")
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -371,6 +435,11 @@ STATED_WRONG: dict[str, tuple[dict[str, object], str]] = {
         "init_lora_weights is 'pissa', which changes the",
     ),
     "no number": ({"lora_alpha": "much"}, f"lora_alpha of layer {LAYER} is 'much', not a number"),
+    "a pattern that is no table": (
+        {"alpha_pattern": [["attn1.to_q", 9]]},
+        "alpha_pattern is .*, not a table of layers",
+    ),
+    "ranks that are no table": ({"rank_pattern": "attn1"}, "rank_pattern is 'attn1', not a table of layers"),
     "an expression": ({"alpha_pattern": {"(a+)+": 1}}, r"alpha_pattern has '\(a\+\)\+', which is no layer's path"),
 }
 
@@ -381,6 +450,18 @@ def test_what_peft_states_and_is_not_merged_here(pixart: Path, case: str, tmp_pa
     header: dict[str, object] = {f"transformer.{key}": value for key, value in config.items()}
     with pytest.raises(ModelError, match=words):
         loaded(pixart, written(tmp_path / "a.safetensors", BOTH, header))
+
+
+@pytest.mark.parametrize("name", ["one", "other"])
+def test_a_layer_that_shares_its_weight_is_refused(name: str, tmp_path: Path) -> None:
+    """A module of two paths, and a parameter of two modules."""
+    one, third = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+    third.weight = one.weight
+    for module in ({"one": one, "other": one}, {"one": one, "other": third}):
+        whole = torch.nn.ModuleDict(module)
+        path = written(tmp_path / "a.safetensors", {f"{name}.lora_A.weight": DOWN, f"{name}.lora_B.weight": UP})
+        with pytest.raises(ModelError, match=r"one.weight and other.weight are one parameter of the model"):
+            merged(whole.state_dict(), [Adapter(path)], whole, "PixArtTransformer2DModel")
 
 
 def test_two_scales_for_one_layer_are_refused(pixart: Path, tmp_path: Path) -> None:

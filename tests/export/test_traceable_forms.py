@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
+from export.errors import ModelError
 from export.models.traceable_forms import (
     ComplexPair,
     Prefix,
@@ -97,3 +98,29 @@ def test_a_table_is_cut_to_the_tokens_and_others_are_left() -> None:
     expected = plain(1024, 5)
     assert torch.equal(of_cells.complex(), expected[0]) and torch.equal(of_tokens.complex(), expected[1])
     assert not model.state_dict()
+
+
+def test_a_part_that_is_not_told_how_many_tokens_is_refused() -> None:
+    class Positions(_Positions):
+        def forward(self, cells: int, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().forward(cells, tokens or 1)
+
+    model = nn.ModuleDict({"positions": Positions()})
+    use_prefix(model, Prefix("positions", "tokens", table=1))
+    for given in ((), (None,)):
+        with pytest.raises(ModelError, match="Positions: its argument tokens is None"):
+            model["positions"](1024, *given)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.int64])
+def test_a_number_of_tokens_is_made_a_tensor_of_the_type_that_is_asked_for(dtype: torch.dtype | None) -> None:
+    class Counted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with traceable_forms():
+                return x.sum() + torch.as_tensor(x.shape[0], dtype=dtype)
+
+    size = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(Counted(), (torch.ones(3),), dynamic_shapes=({0: size},))
+    [made] = [node for node in program.graph.nodes if node.target is torch.ops.aten.scalar_tensor.default]
+    assert made.kwargs["dtype"] == (dtype or torch.int64)
+    assert program.module()(torch.ones(5)) == 10

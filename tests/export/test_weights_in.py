@@ -379,9 +379,9 @@ def test_harmless_tensors_are_told(folders, tmp_path):
 NORM = torch.ones(32)
 # name of a tensor that is added -> what is said of it
 REFUSED = {
-    f"{ATTENTION}.to_q.lora_A.default.weight": "part of an adapter that was not merged; merge the adapter: load its",
-    f"{ATTENTION}.processor.to_q_lora.up.weight": "part of an adapter that was not merged; merge the adapter: ",
-    "lora_unet_blocks_0.alpha": "part of an adapter that was not merged; merge the adapter: ",
+    f"{ATTENTION}.to_q.lora_A.default.weight": "part of an adapter that was not merged; give the folder of its base",
+    f"{ATTENTION}.processor.to_q_lora.up.weight": "part of an adapter that was not merged; give the folder",
+    "lora_unet_blocks_0.alpha": "part of an adapter that was not merged; give the folder",
     f"{ATTENTION}.norm_q.weight": "a norm of queries or keys, which the class does not compute with this config.json",
     "transformer_blocks.1.attn2.norm_k.bias": "a norm of queries or keys, which the class does not compute with this",
     f"{ATTENTION}.sr.weight": "a part of key and value compression, which the class does not compute; give a model",

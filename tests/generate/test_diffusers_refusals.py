@@ -26,6 +26,8 @@ def test_methods_of_the_tables_raise_their_sentence(name: str) -> None:
 
 def test_what_is_looked_up_is_lacking_where_the_class_or_an_adapter_library_has_it() -> None:
     for name in ADAPTERS:
-        assert str(lacking(name, StandIn)).startswith(f"{name}: an engine takes no adapters")
+        assert str(lacking(name, StandIn)).startswith(
+            f"{name}: an engine takes no adapters; build one of the model with them: give"
+        )
     assert str(lacking("chunk_size", StandIn)) == f"chunk_size: {GRAPH}"
     assert lacking("nothing_like_it", StandIn) is None and lacking("__deepcopy__", StandIn) is None

@@ -92,7 +92,8 @@ console.log(JSON.stringify([preview.isReady, Array.from(preview.picture(third))]
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "scale"), [("flow_euler", 7, 2.0), ("flow_euler", 20, 1.0), ("ddim", 9, 3.5)]
+    ("name", "steps", "scale"),
+    [("flow_euler", 7, 2.0), ("flow_euler", 20, 1.0), ("flow_euler_rising", 7, 2.0), ("ddim", 9, 3.5)],
 )
 def test_samplers_are_equal_bit_by_bit(name: str, steps: int, scale: float, tmp_path: Path) -> None:
     """Around a denoiser that both can compute exactly."""

@@ -5,6 +5,7 @@ the picture. Every sampler here is linear in the prediction, x' = a x + b e, so 
 x = 0 and e = 1:
 
 flow_euler: x' = x + (t' - t) v, gamma_t = t - t', which is 1 / n_steps for every step of evenly spaced times.
+flow_euler_rising: x' = x + (t' - t) v of times that rise, gamma_t = t' - t, which is 1 / n_steps, too.
 ddim: x' = sqrt(k') (x - sqrt(1 - k) e) / sqrt(k) + sqrt(1 - k') e with k the signal's share of the power (alpha bar),
     gamma_t = |sqrt(1 - k') - sqrt(k') sqrt(1 - k) / sqrt(k)|. The paper's own formula was not seen; for DDPM it is
     recalled as (1 - alpha_t) / (sqrt(alpha_t) sqrt(1 - k)), the same idea.

@@ -23,6 +23,16 @@ function flowEuler(steps, scale) {
   };
 }
 
+/** The same steps of a model that counts time from noise to data, and predicts data - noise. */
+function flowEulerRising(steps, scale) {
+  const falling = flowEuler(steps, 1), negative = (velocity) => velocity.map((value) => -value);
+  return {
+    timesteps: Float32Array.from(linspace(0, 1, steps + 1).slice(0, -1), (time) => time * scale),
+    advance: (x, velocity, i) => falling.advance(x, negative(velocity), i),
+    estimate: (x, velocity, i) => falling.estimate(x, negative(velocity), i),
+  };
+}
+
 function ddim(steps, scale) {
   if (steps > TRAIN_STEPS) throw new Error(`${steps} steps: this model has ${TRAIN_STEPS}; use at most that many`);
   let product = 1;
@@ -42,7 +52,8 @@ function ddim(steps, scale) {
 }
 
 /** The sampler of a name, of so many steps: {timesteps, advance(x, prediction, i), estimate(x, prediction, i)}. */
-export const makeSampler = (name, steps, scale) => ({ flow_euler: flowEuler, ddim })[name](steps, scale);
+export const makeSampler = (name, steps, scale) =>
+  ({ flow_euler: flowEuler, flow_euler_rising: flowEulerRising, ddim })[name](steps, scale);
 
 /** Both halves of a prediction, with the prompt and without it, as one: without + scale * (with - without). */
 export function guided(prediction, scale) {
