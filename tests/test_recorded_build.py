@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from export import trace
 from export.models import load as models
-from export.models import recording
 from export.models.recording import Drawing
 from export.models.torch_modules import set_resolution
 from pipeline import __main__ as cli
@@ -64,23 +62,17 @@ def test_its_pipeline_draws_with_the_engine_what_it_draws_with_the_float_model(b
     assert 0 < error < 10 ** ((6 - stated) / 20)
 
 
-@pytest.fixture
-def forgotten_recorders() -> Iterator[None]:
-    """Before a test that changes rows, and after it: a class's recorder remembers the row that it was made of."""
-    recording._recorder.cache_clear()
-    yield
-    recording._recorder.cache_clear()
-
-
-@pytest.mark.usefixtures("forgotten_recorders")
-def test_a_class_that_fixes_the_number_of_tokens_is_refused_before_work_starts(
+def test_a_class_that_has_no_graph_is_refused_before_work_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class_name = recorded_models.MODELS["qwen"][0]
-    monkeypatch.setitem(recording.ROWS, class_name, replace(recording.ROWS[class_name], prefixes=()))
+    def refuse(*_: object) -> None:
+        raise RuntimeError("tokens were made a constant (10)")
+
+    monkeypatch.setattr(trace, "trace", refuse)
     recorded_models.save("qwen", tmp_path / "qwen")
     flags = ["--engine", "pixart_w4a8", "-m", str(tmp_path / "qwen"), "--target", "cpu", "-o", str(tmp_path / "e")]
     assert cli.main(["build", *flags, "--height", str(HEIGHT), "--width", str(WIDTH), "--set", "method=rtn"]) == 2
     answer = capsys.readouterr().out
     assert "QwenImageTransformer2DModel cannot be traced for any number of pictures and tokens" in answer
+    assert "(tokens were made a constant (10)" in answer
     assert not list(tmp_path.glob("e*"))
