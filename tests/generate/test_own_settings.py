@@ -71,10 +71,29 @@ def test_steps_that_the_scheduler_does_not_have_are_refused_before_work(stated: 
     if stated is not None:
         (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": stated}))
     steps = stated or CLASS.n_steps
-    with pytest.raises(ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}"):
+    with pytest.raises(ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}, as n_steps 10$"):
         refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
     (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": 10}))
     refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
+
+
+@pytest.mark.parametrize(
+    "class_name, keys, reason",
+    [
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "ends at sigma 0; use solver_type 'bh2'$"),
+        ("UniPCMultistepScheduler", {"lower_order_final": False}, "ends at sigma 0; use lower_order_final$"),
+        ("EulerDiscreteScheduler", {"beta_end": 0.99}, "sigmas are not finite"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "give one, or change that key$"),
+    ],
+)
+def test_what_no_number_of_steps_mends_is_refused_in_its_own_words(
+    class_name: str, keys: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / SCHEDULER).mkdir()
+    (tmp_path / SCHEDULER / CONFIG_FILE).write_text(json.dumps({"_class_name": class_name, **keys}))
+    with pytest.raises(ModelError, match=rf"{CONFIG_FILE}: .*{reason}") as caught:
+        refuse_scheduler(tmp_path, CLASS, class_name)
+    assert GENERATION_FILE not in str(caught.value)
 
 
 @pytest.mark.parametrize(
