@@ -260,16 +260,17 @@ class Pipeline:
 
 def keeps_loaded(bundle: PipelineBundle, target: str = "auto") -> bool:
     """Is there memory for all parts of a whole pipeline at once? Also says so in the log, where it is decided."""
-    weights, free = bundle.engine_bytes(target), machine.available_memory_bytes()
-    sizes = f"{weights / 2**30:.2f} GiB of weights, {free / 2**30:.1f} GiB of memory are free"
-    if weights <= KEPT_SHARE * free:
+    weights, free = bundle.engine_bytes(target), machine.free_memory()
+    sizes = f"{weights / 2**30:.2f} GiB of weights, {free.size_bytes / 2**30:.1f} GiB of memory are free{free.within}"
+    if weights <= KEPT_SHARE * free.size_bytes:
         logger.info("%s: all parts stay in memory (%s)", bundle.name, sizes)
         return True
     logger.warning(
         "%s: parts are loaded anew for every batch, and let go in turn, as their weights would take more than half of "
-        "the free memory (%s); --keep-loaded keeps them all the same",
+        "the free memory (%s); %s, or keep them all the same by --keep-loaded",
         bundle.name,
         sizes,
+        free.remedy,
     )
     return False
 

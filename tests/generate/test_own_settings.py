@@ -71,7 +71,9 @@ def test_steps_that_the_scheduler_does_not_have_are_refused_before_work(stated: 
     if stated is not None:
         (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": stated}))
     steps = stated or CLASS.n_steps
-    with pytest.raises(ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}, as n_steps 10$"):
+    with pytest.raises(
+        ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}, as n_steps 10$"
+    ):
         refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
     (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": 10}))
     refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
