@@ -266,8 +266,8 @@ def _memory_left(group: Path) -> int | None:
 
 
 def refuse_too_large(needed_bytes: int, what: str, remedy: str) -> None:
-    """Log what work takes and raise ResourceError if so much is not free. what: a sentence up to the number; remedy: what
-    helps beside more memory."""
+    """Log what work takes and raise ResourceError if so much is not free. what: a sentence up to the number; remedy:
+    what helps beside more memory."""
     free = free_memory()
     logger.info("%s %.2f GiB", what, needed_bytes / 2**30)
     if needed_bytes > free.size_bytes:

@@ -139,8 +139,10 @@ class Pipeline:
         begin with, [B, C, h, w], in the place of the seeds'. image: what to begin with, one picture or one for each
         prompt (PIL, or [H, W, C] uint8 or floats from 0 to 1), of which the share `strength` of the steps is done
         (default: 0.8). The callback sees every step of every batch of up to BATCH_SIZE pictures; it may look at
-        `drawing.previews()`, and end the drawing by `drawing.interrupt()`. Raises RecipeError for what the engine
-        cannot draw, and ContractError where it is broken.
+        `drawing.previews()`, and end the drawing by `drawing.interrupt()`. It must not wait for another thread that
+        draws with this pipeline, which without `keep_loaded` waits for this call to end. guidance_scale: from
+        -MOST_GUIDANCE to MOST_GUIDANCE. Raises RecipeError for what the engine cannot draw, and ContractError where it
+        is broken.
         """
         self._refuse(height, width, output_type, unknown)
         prompts = self._prompts(prompt, class_labels)

@@ -11,11 +11,13 @@ from export.errors import ModelError
 from export.models.description import GENERATION_FILE
 from export.models.sources import find
 from pipeline.compile_pipeline import write_others
+from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.own_settings import OwnSettings, own_settings
 from pipeline.generate.pipeline_classes import PIPELINES, find_pipeline_class
 from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER
 from pipeline.parts import PipelineFolder, refuse_scheduler
+from pipeline.recipe import MOST_STEPS
 from pipeline.text_to_image import Pipeline
 from pipeline.web import pipeline_page
 from tests.support import numpy_pipeline
@@ -125,6 +127,7 @@ def test_the_browser_is_told(tmp_path: Path) -> None:
     row = find_pipeline_class(source.class_name, "it")
     document = pipeline_page.settings(source, row, dict.fromkeys(row.components, 1))
     assert (document["n_steps"], document["guidance_scale"]) == (9, 3.25)
+    assert document["most"] == {"n_steps": MOST_STEPS, "guidance_scale": MOST_GUIDANCE}
 
 
 def test_a_bundle_has_the_file_of_its_folder_and_a_resumed_build_no_older_one(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ class UniPc(Scheduler):
         if (options.mu is not None) != (config.use_dynamic_shifting and bool(config.use_flow_sigmas)):
             wanted, remedy = ("needs", "give one") if options.mu is None else ("has no use for", "leave it out")
             raise RecipeError(
-                f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting; {remedy}, or change that key"
+                f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting; {remedy}, "
+                "or change that key"
             )
         if options.sigmas is not None and not config.use_flow_sigmas:
             raise RecipeError("sigmas: this scheduler has use_flow_sigmas off; leave them out")
