@@ -74,13 +74,15 @@ def machine_checks() -> list[Check]:
     """The GPU, and what is free here."""
     import psutil
 
-    sm, memory, disk = machine.cuda_sm(), psutil.virtual_memory(), psutil.disk_usage(str(Path.cwd()))
+    sm, memory, disk = machine.cuda_sm(), machine.free_memory(), psutil.disk_usage(str(Path.cwd()))
     gpu_remedy = f"only needed to run the targets {', '.join(name for name, row in BACKENDS.items() if row.needs_gpu)}"
-    free, free_disk = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}", f"{disk.free / GIB:.1f} GiB"
-    enough, enough_disk = memory.available >= NEEDED_MEMORY_BYTES, disk.free >= NEEDED_DISK_BYTES
+    total = psutil.virtual_memory().total
+    free = f"{memory.size_bytes / GIB:.1f} GiB free of {total / GIB:.1f}{memory.within}"
+    free_disk = f"{disk.free / GIB:.1f} GiB"
+    enough, enough_disk = memory.size_bytes >= NEEDED_MEMORY_BYTES, disk.free >= NEEDED_DISK_BYTES
     return [
         Check("NVIDIA GPU", sm > 0, f"SM {sm}" if sm else "none visible", False, gpu_remedy),
-        Check("memory", enough, free, True, "close other programs: 2 GiB are needed"),
+        Check("memory", enough, free, True, f"{memory.remedy}: 2 GiB are needed"),
         Check("disk", enough_disk, f"{free_disk} free here", True, "free 1 GiB, or build elsewhere with -o"),
     ]
 

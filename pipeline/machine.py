@@ -16,7 +16,7 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from export.about import PROGRAM as PROGRAM
 from export.about import own_version as own_version
@@ -214,12 +214,27 @@ def facts() -> Facts:
     }
 
 
-def available_memory_bytes() -> int:
-    """Memory that new work can take without swapping, within the limits of the container and of the process."""
+class FreeMemory(NamedTuple):
+    """Memory that new work can take without swapping. within: which limit it ends at, in words after a number of bytes
+    that "are free"; remedy: what makes more of it."""
+
+    size_bytes: int
+    within: str = ""
+    remedy: str = "close other programs"
+
+
+def free_memory() -> FreeMemory:
+    """By whichever leaves the least: the machine, the limit of the container, or that of the process."""
     import psutil
 
-    limits = (container_memory_bytes(), _address_space_left())
-    return min([int(psutil.virtual_memory().available), *(limit for limit in limits if limit is not None)])
+    container, process = container_memory_bytes(), _address_space_left()
+    rows = [FreeMemory(int(psutil.virtual_memory().available))]
+    if container is not None:
+        within = " within the container's limit"
+        rows.append(FreeMemory(container, within, "give the container more memory, or close other programs in it"))
+    if process is not None:
+        rows.append(FreeMemory(process, " within the limit of `ulimit -v`", "raise that limit"))
+    return min(rows, key=lambda row: row.size_bytes)
 
 
 def _address_space_left() -> int | None:
@@ -251,11 +266,15 @@ def _memory_left(group: Path) -> int | None:
 
 
 def refuse_too_large(needed_bytes: int, what: str, remedy: str) -> None:
-    """Log what work takes and raise ResourceError if so much is not free. what: a sentence up to the number."""
-    free = available_memory_bytes()
+    """Log what work takes and raise ResourceError if so much is not free. what: a sentence up to the number; remedy:
+    what helps beside more memory."""
+    free = free_memory()
     logger.info("%s %.2f GiB", what, needed_bytes / 2**30)
-    if needed_bytes > free:
-        raise ResourceError(f"{what} {needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {remedy}")
+    if needed_bytes > free.size_bytes:
+        raise ResourceError(
+            f"{what} {needed_bytes / 2**30:.1f} GiB, {free.size_bytes / 2**30:.1f} GiB are free{free.within}; "
+            f"{free.remedy}, or {remedy}"
+        )
 
 
 def reset_peak_memory() -> None:

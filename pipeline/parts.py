@@ -17,7 +17,13 @@ from pipeline.generate.own_settings import own_settings
 from pipeline.generate.pipeline_classes import DECODER, ENCODER, TRANSFORMER, PipelineClass, find_pipeline_class
 from pipeline.generate.pipeline_folder import INDEX, REMEDY, listed_parts, read_index
 from pipeline.generate.schedulers.base import SchedulerOptions
-from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER, read_scheduler_config, scheduler_class
+from pipeline.generate.schedulers.config import (
+    CONFIG_FILE,
+    SCHEDULER,
+    SchedulerConfig,
+    read_scheduler_config,
+    scheduler_class,
+)
 from pipeline.recipe import Recipe, component_recipe
 
 # THE table of autoencoders: class in diffusers -> components that it becomes, which are also the recipes that they
@@ -42,6 +48,10 @@ LEFT_OUT = {
     "CLIPFeatureExtractor": "it prepares pictures for a safety checker, which is left out",
     "CLIPVisionModelWithProjection": "it reads pictures as prompts for adapters, which are not built",
 }
+
+# Numbers of steps that pipelines are drawn with, of which one is named where the scheduler does not make those stated.
+# One step is not among them: schedulers make it by another rule, so that it says nothing of more.
+OTHER_STEPS = (20, 30, 10, 50, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -144,10 +154,22 @@ def refuse_scheduler(root: Path, row: PipelineClass, class_name: str) -> None:
     try:
         config.scheduler(SchedulerOptions(n_steps))
     except RecipeError as error:
+        other = next((other for other in OTHER_STEPS if _makes_steps(config, other)), None)
+        if other is None:
+            raise ModelError(f"{path}: {error}") from error
         source = f"the default of {row.name}" if stated is None else "n_steps there"
         raise ModelError(
-            f"{path} does not make {n_steps} steps ({error}), {source}; state others in {root / GENERATION_FILE}"
+            f"{path} does not make {n_steps} steps ({error}), {source}; state others in {root / GENERATION_FILE}, as "
+            f"n_steps {other}"
         ) from error
+
+
+def _makes_steps(config: SchedulerConfig, n_steps: int) -> bool:
+    try:
+        config.scheduler(SchedulerOptions(n_steps))
+    except RecipeError:
+        return False
+    return True
 
 
 def _class_of(index: Mapping[str, object], name: str, root: Path) -> str:

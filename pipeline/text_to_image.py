@@ -139,8 +139,10 @@ class Pipeline:
         begin with, [B, C, h, w], in the place of the seeds'. image: what to begin with, one picture or one for each
         prompt (PIL, or [H, W, C] uint8 or floats from 0 to 1), of which the share `strength` of the steps is done
         (default: 0.8). The callback sees every step of every batch of up to BATCH_SIZE pictures; it may look at
-        `drawing.previews()`, and end the drawing by `drawing.interrupt()`. Raises RecipeError for what the engine
-        cannot draw, and ContractError where it is broken.
+        `drawing.previews()`, and end the drawing by `drawing.interrupt()`. It must not wait for another thread that
+        draws with this pipeline, which without `keep_loaded` waits for this call to end. guidance_scale: from
+        -MOST_GUIDANCE to MOST_GUIDANCE. Raises RecipeError for what the engine cannot draw, and ContractError where it
+        is broken.
         """
         self._refuse(height, width, output_type, unknown)
         prompts = self._prompts(prompt, class_labels)
@@ -260,16 +262,17 @@ class Pipeline:
 
 def keeps_loaded(bundle: PipelineBundle, target: str = "auto") -> bool:
     """Is there memory for all parts of a whole pipeline at once? Also says so in the log, where it is decided."""
-    weights, free = bundle.engine_bytes(target), machine.available_memory_bytes()
-    sizes = f"{weights / 2**30:.2f} GiB of weights, {free / 2**30:.1f} GiB of memory are free"
-    if weights <= KEPT_SHARE * free:
+    weights, free = bundle.engine_bytes(target), machine.free_memory()
+    sizes = f"{weights / 2**30:.2f} GiB of weights, {free.size_bytes / 2**30:.1f} GiB of memory are free{free.within}"
+    if weights <= KEPT_SHARE * free.size_bytes:
         logger.info("%s: all parts stay in memory (%s)", bundle.name, sizes)
         return True
     logger.warning(
         "%s: parts are loaded anew for every batch, and let go in turn, as their weights would take more than half of "
-        "the free memory (%s); --keep-loaded keeps them all the same",
+        "the free memory (%s); %s, or keep them all the same by --keep-loaded",
         bundle.name,
         sizes,
+        free.remedy,
     )
     return False
 

@@ -28,7 +28,6 @@ FLOAT32_BYTES = 4
 # graphs, buffers. As measured with the bundled pipeline, of which they are the most.
 LIBRARIES_BYTES, PART_BYTES = 32 * 2**20, 8 * 2**20
 SAMPLES = 2  # of a picture, with guidance
-CLOSE = "close other programs"
 
 
 @dataclass(frozen=True)
@@ -84,26 +83,29 @@ def needed_bytes(parts: Mapping[str, PartMemory], keep_loaded: bool) -> int:
 def refuse_too_large(bundle: PipelineBundle, model: LatentModel, target: str, pictures: int) -> None:
     """Say in a sentence, before anything is loaded, where memory is short: weights that do not fit raise ResourceError,
     and where calls may not fit beside them the log has a warning."""
-    parts, free = part_memory(bundle, model, target, pictures), machine.available_memory_bytes()
+    parts, free = part_memory(bundle, model, target, pictures), machine.free_memory()
     keep_loaded = model.components.keep_loaded
     needed, in_turn = needed_bytes(parts, keep_loaded), needed_bytes(parts, False)
     sizes = {name: part.loaded_bytes for name, part in parts.items()}
     weights = sum(sizes.values()) if keep_loaded else max(sizes.values())
-    logger.info("%s: drawing needs about %s of memory, %s are free", bundle.name, _gib(needed), _gib(free))
+    are_free = f"{_gib(free.size_bytes)} of memory are free{free.within}"
+    logger.info("%s: drawing needs about %s, %s", bundle.name, _gib(needed), are_free)
     if keep_loaded:
         what = "all parts at once"
         how = "generate without --keep-loaded, serve with --no-keep-loaded"
         remedy = f"let them take turns ({how}), which needs about {_gib(in_turn)}"
     else:
         what = max(sizes, key=lambda name: sizes[name])
-        remedy = f"{CLOSE}, or build that component with fewer bits"
-    if weights > free:
-        raise ResourceError(f"{bundle.name}: {what} of {_gib(weights)}, {_gib(free)} of memory are free; {remedy}")
-    if needed > free:
-        smaller = remedy if keep_loaded else f"{CLOSE}, draw fewer pictures at a time, or build it for smaller ones"
+        remedy = f"{free.remedy}, or build that component with fewer bits"
+    if weights > free.size_bytes:
+        raise ResourceError(f"{bundle.name}: {what} of {_gib(weights)}, {are_free}; {remedy}")
+    if needed > free.size_bytes:
+        smaller = (
+            remedy if keep_loaded else f"{free.remedy}, draw fewer pictures at a time, or build it for smaller ones"
+        )
         logger.warning(
-            "%s: drawing needs about %s of memory, %s are free, so it may be slow or be ended by the system; %s",
-            bundle.name, _gib(needed), _gib(free), smaller,
+            "%s: drawing needs about %s, %s, so it may be slow or be ended by the system; %s",
+            bundle.name, _gib(needed), are_free, smaller,
         )  # fmt: skip
 
 

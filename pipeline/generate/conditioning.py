@@ -26,6 +26,7 @@ from export.models.description import GENERATION_FILE
 from export.names import inside
 from pipeline.backends.base import Arrays
 from pipeline.generate.scene_grammar import ALONE, NONE, SLOT_NAMES, Slot, token_ids
+from pipeline.recipe import MOST_STEPS
 
 RULES = Rules()
 CLASS_PREFIXES = ("a", "an", "the", "class", "digit")
@@ -37,7 +38,7 @@ Words = Annotated[list[str], MinLen(1)]
 # Beyond what any model was drawn with; no product with a prediction overflows.
 MOST_GUIDANCE = 100.0
 GuidanceScale = Annotated[float, Ge(0), Le(MOST_GUIDANCE)]  # that a model may state as its own
-StepCount = Annotated[int, Ge(1), Le(1000)]
+StepCount = Annotated[int, Ge(1), Le(MOST_STEPS)]
 Table = NDArray[np.float32]
 
 

@@ -30,8 +30,9 @@ def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
     """A picture to begin with as models have it, [C, H, W] float32 from -1 to 1.
 
     image: PIL, or [H, W, C] (of one channel also [H, W]), uint8 or floats from 0 to 1. shape: H, W and C of the model.
-    A PIL picture is turned as its EXIF data say. Raises RecipeError for a picture of another size or number of
-    channels, for one that is transparent or of a mode whose range is not known, or for what is none.
+    A PIL picture is turned as its EXIF data say; its colour profile is not applied. Raises RecipeError for a picture of
+    another size or number of channels, for one that is transparent, of several frames or of a mode whose range is not
+    known, or for what is none.
     """
     from PIL import Image
 
@@ -53,6 +54,7 @@ def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
 
 def _pixels(image: Image, channels: int) -> NDArray[np.generic]:
     """[H, W, channels] of a PIL picture: uint8, or float32 from 0 to 1 where it has 16 bits."""
+    _refuse_frames(image)
     turned = _turned(image)
     if turned.mode in SIXTEEN_BITS:
         grey = np.asarray(turned)
@@ -68,6 +70,17 @@ def _pixels(image: Image, channels: int) -> NDArray[np.generic]:
         turned = _opaque(turned)
     pixels = np.asarray(turned.convert("L" if channels == 1 else "RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _refuse_frames(image: Image) -> None:
+    """Raise RecipeError for an animation, or a file of several pages."""
+    try:
+        n_frames = getattr(image, "n_frames", 1)  # PIL may go through the whole file for it
+    except DAMAGED as error:
+        raise RecipeError(f"image whose frames cannot be read ({error}); save it again") from error
+    # Of a camera's MPO the first picture is the photograph, and the others are previews or views beside it.
+    if n_frames > 1 and image.format != "MPO":
+        raise RecipeError(f"image of {n_frames} frames; give one picture, as the copy() of the frame that is sought")
 
 
 def _turned(image: Image) -> Image:

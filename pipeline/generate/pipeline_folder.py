@@ -167,7 +167,7 @@ def drawing(root: Path) -> AbstractContextManager[None]:
 def refuse_too_large(root: Path) -> None:
     """Raise ResourceError if the pipeline's other parts do not fit into the memory that is free."""
     remedy = (
-        "close other programs, calibrate where there is more memory and build from its checkpoint, or copy the "
+        "calibrate where there is more memory and build from its checkpoint, or copy the "
         "transformer's folder out of the pipeline, which then calibrates on random conditioning"
     )
     machine.refuse_too_large(float32_bytes(root), f"{root}: text encoder and other parts take in float32", remedy)

@@ -32,7 +32,7 @@ from pipeline.bundle.snapshot import read_verified
 from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.serve import images_request, metrics
 from pipeline.serve.border import Border
-from pipeline.serve.images_request import ApiError, Asked, ImagesRequest
+from pipeline.serve.images_request import ApiError, Asked
 from pipeline.serve.jobs import Drawn, Preview
 from pipeline.serve.service import ClientLeftError, Service, Submitted, as_png
 
@@ -59,9 +59,7 @@ def make_app(service: Service, api_key: str | None = None, names: frozenset[str]
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(Border, names=names)
 
-    from pydantic import TypeAdapter
-
-    schema = TypeAdapter(ImagesRequest).json_schema()
+    schema = images_request.schema(service.pipeline)
     documented = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
     @app.post(images_request.PATH, openapi_extra=documented)

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import Ge, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
 from export.documents import Rules, check_json, shown, validated
 from export.errors import RecipeError
-from pipeline import recipe
 from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.generate.draw import DrawRequest
 from pipeline.recipe import MOST_SEED
@@ -29,7 +28,8 @@ RULES = Rules(RecipeError, "see /openapi.json", extra="forbid")
 class ImagesRequest(TypedDict):
     """Keys whose only value is one of two say what is drawn in any case. user: taken and left alone.
 
-    negative_prompt, steps, guidance and seed (of the first picture, the next has seed + 1) are not OpenAI's.
+    negative_prompt, steps, guidance and seed (of the first picture, the next has seed + 1) are not OpenAI's. How many
+    steps there may be goes by the pipeline: see `most_steps`.
     """
 
     prompt: Annotated[str, MinLen(1), MaxLen(MOST_CHARACTERS)]
@@ -45,7 +45,7 @@ class ImagesRequest(TypedDict):
     moderation: NotRequired[Literal["auto", "low"] | None]
     user: NotRequired[Annotated[str, MaxLen(MOST_CHARACTERS)] | None]
     negative_prompt: NotRequired[Annotated[str, MaxLen(MOST_CHARACTERS)] | None]
-    steps: NotRequired[Annotated[int, Ge(1), Le(recipe.MOST_STEPS)] | None]
+    steps: NotRequired[Annotated[int, Ge(1)] | None]
     guidance: NotRequired[Annotated[float, Ge(0), Le(MOST_GUIDANCE)] | None]
     seed: NotRequired[Annotated[int, Ge(0), Le(MOST_SEED - 1)] | None]
 
@@ -53,6 +53,16 @@ class ImagesRequest(TypedDict):
 def most_steps(pipeline: Pipeline) -> int:
     """That a client may ask for."""
     return max(MOST_STEPS, pipeline.n_steps)
+
+
+def schema(pipeline: Pipeline) -> dict[str, Any]:
+    """The JSON schema of a request, with all bounds."""
+    from pydantic import TypeAdapter
+
+    document = TypeAdapter(ImagesRequest).json_schema()
+    whole, _ = document["properties"]["steps"]["anyOf"]  # a number, or null
+    whole["maximum"] = most_steps(pipeline)
+    return document
 
 
 class ApiError(Exception):
@@ -106,7 +116,7 @@ def read(body: bytes, pipeline: Pipeline) -> Asked:
     steps, guidance, seed = fields.get("steps"), fields.get("guidance"), fields.get("seed")
     n_steps = pipeline.n_steps if steps is None else steps
     if n_steps > most_steps(pipeline):
-        raise ApiError(400, f"steps {n_steps}; this server makes at most {most_steps(pipeline)}", param="steps")
+        raise ApiError(400, f"steps {shown(n_steps)}; this server makes at most {most_steps(pipeline)}", param="steps")
     negative = fields.get("negative_prompt")
     request = DrawRequest(
         (fields["prompt"],),

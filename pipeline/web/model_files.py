@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from export.errors import RecipeError
 from pipeline.backends import PORTABLE
 from pipeline.backends.base import DATA, MODEL
+from pipeline.generate.conditioning import MOST_GUIDANCE
+from pipeline.recipe import MOST_STEPS
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 SETTINGS, EMBEDDING = "settings.json", "embedding.bin"
 # Of a model's files: a browser's WebAssembly has 4 GiB of memory, and weights are there twice while it is opened.
 MOST_BYTES = 2 * 2**30
+# What may be asked of a page, as of `generate`.
+MOST = {"n_steps": MOST_STEPS, "guidance_scale": MOST_GUIDANCE}
 
 
 def refuse_model(bundle: Bundle) -> None:

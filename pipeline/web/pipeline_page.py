@@ -15,7 +15,7 @@ from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.pipeline_classes import PipelineClass, TextEncoder, find_pipeline_class
 from pipeline.generate.tokenizer import TOKENIZER_FILE, plain_caption
 from pipeline.web import page_schedulers, tokenizer_rules, ziggurat
-from pipeline.web.model_files import SETTINGS, lower, refuse_model
+from pipeline.web.model_files import MOST, SETTINGS, lower, refuse_model
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def settings(source: PipelineSource, row: PipelineClass, sizes: dict[str, int]) 
         },
         "n_steps": model.n_steps,
         "guidance_scale": model.guidance_scale,
+        "most": MOST,
         "scheduler": page_schedulers.scheduler_settings(model.scheduler, source.name),
         "prompt": {
             "plain": row.prepare is plain_caption,

@@ -12,7 +12,7 @@ from pipeline.generate.pixel_model import makes_pixels, picture_shape
 from pipeline.generate.sampling import make_sampler
 from pipeline.generate.scene_grammar import GRAMMAR
 from pipeline.web import ziggurat
-from pipeline.web.model_files import EMBEDDING, SETTINGS, lower, refuse_model
+from pipeline.web.model_files import EMBEDDING, MOST, SETTINGS, lower, refuse_model
 
 if TYPE_CHECKING:
     from pipeline.bundle.bundle import Bundle
@@ -59,6 +59,7 @@ def settings(bundle: Bundle, generation: Generation) -> dict[str, object]:
         "timestep_scale": generation.timestep_scale,
         "n_steps": generation.n_steps,
         "guidance_scale": generation.guidance_scale,
+        "most": MOST,
         "conditioning": {
             "slots": conditioning["slots"],
             "null_token": conditioning["null_token"],

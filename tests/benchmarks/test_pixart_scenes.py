@@ -433,6 +433,19 @@ def test_what_its_reader_sees_has_the_slots_of_captions(subject):
     assert seen.right.shape == seen.asked.shape == (4, len(reader.SLOTS)) and seen.features.shape == (4, 128)
 
 
+@pytest.mark.fast
+def test_a_run_is_not_gone_on_with_by_another_plan(tmp_path):
+    other = dataclasses.replace(TINY, latents=12)
+    train.refuse_other_plan(TINY, tmp_path)  # there is none
+    (tmp_path / "reader.pt").touch()
+    with pytest.raises(ValueError, match=r"plan\.json: the run in this folder is of another plan \(it is not there\)"):
+        train.refuse_other_plan(TINY, tmp_path)
+    (tmp_path / train.PLAN_FILE).write_text(json.dumps(dataclasses.asdict(TINY)))
+    train.refuse_other_plan(TINY, tmp_path)
+    with pytest.raises(ValueError, match=r"another plan \(latents\); name another folder"):
+        train.train(other, tmp_path, 1, {})
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -441,6 +454,8 @@ def test_what_its_reader_sees_has_the_slots_of_captions(subject):
     [
         ([], "holds a run; add --resume to go on with it"),
         (["--publish", "--work-dir", "nowhere"], "nowhere holds no denoiser yet"),
+        (["--resume"], "is of another plan (reader, autoencoder, text_encoder, denoiser, latents"),
+        (["--publish"], "is of another plan"),
     ],
 )
 def test_a_run_is_never_overwritten_nor_published_before_it_is_there(work_dir, flags, sentence, monkeypatch, capsys):

@@ -131,7 +131,7 @@ def test_a_server_keeps_all_parts_where_memory_suffices(
     whole = load_pipeline(write(tmp_path))
     made: list[bool] = []
     monkeypatch.setattr(Bundle, "engine_bytes", lambda self, target: 3 * GIB)
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(machine, "free_memory", lambda: machine.FreeMemory(free))
     monkeypatch.setattr(text_to_image, "load_pipeline", lambda *_: whole)
     monkeypatch.setattr(PipelineBundle, "source", lambda self, target: nullcontext())
     monkeypatch.setattr(text_to_image, "LatentModel", lambda source, keep_loaded: made.append(keep_loaded))

@@ -34,10 +34,12 @@ def test_parts_in_turn_need_the_largest_and_kept_ones_all_and_the_largest_call()
     assert needed_bytes(PARTS, keep_loaded=False) == ONE
 
 
-def looked_at(keep_loaded: bool, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def looked_at(keep_loaded: bool, free: int | machine.FreeMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of PARTS, on a machine with so much memory."""
     monkeypatch.setattr(memory, "part_memory", lambda *_: PARTS)
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(
+        machine, "free_memory", lambda: free if isinstance(free, machine.FreeMemory) else machine.FreeMemory(free)
+    )
     bundle, model = SimpleNamespace(name="it"), SimpleNamespace(components=SimpleNamespace(keep_loaded=keep_loaded))
     memory.refuse_too_large(bundle, model, "auto", 1)  # type: ignore[arg-type]
 
@@ -80,6 +82,13 @@ def test_where_calls_do_not_fit_a_warning_has_the_remedy(
 def test_weights_that_do_not_fit_are_refused(keep_loaded: bool, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match=sentence):
         looked_at(keep_loaded, int(1.95 * GIB), monkeypatch)
+
+
+@pytest.mark.fast
+def test_the_limit_that_is_short_is_the_one_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = machine.FreeMemory(GIB, " within the limit of `ulimit -v`", "raise that limit")
+    with pytest.raises(ResourceError, match=r"are free within the limit of `ulimit -v`; raise that limit, or build"):
+        looked_at(False, free, monkeypatch)
 
 
 # --- beside what is measured -----------------------------------------------------------------------------------------
@@ -161,7 +170,7 @@ def test_drawing_takes_what_is_reckoned(kept: bool, count: int, scenes_bundle: P
 
 @pytest.mark.slow
 def test_it_is_refused_before_a_part_is_loaded(scenes_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(machine, "free_memory", lambda: machine.FreeMemory(2**20))
     with pytest.raises(ResourceError, match=r"pixart_w4a6: transformer of .* of memory are free; close other programs"):
         Pipeline.load(scenes_bundle)
     Pipeline.load(scenes_bundle, batch_size=None).close()

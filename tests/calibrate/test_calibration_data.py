@@ -227,7 +227,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused_before_it_is_read(tmp_path,
     weights = {id(weight): weight.numel() for part in parts for weight in part.parameters()}  # tied ones once
     (root / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant, not read")
     assert pipeline_folder.float32_bytes(root) == 4 * sum(weights.values())
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "free_memory", lambda: machine.FreeMemory(1000))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(ResourceError, match=r"other parts take in float32 0\.0 GiB, 0\.0 GiB are free"):
         calibration_data(load(str(root)), model_and_recipe("pixart", tmp_path / "other")[1])
@@ -335,7 +335,7 @@ def test_an_observing_method_is_resumed_to_the_same_layers(tmp_path, monkeypatch
 def test_too_many_samples_are_refused_before_work(method, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "watching", ROW)
     monkeypatch.setattr("pipeline.calibrate.data.calibration_data", None)
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "free_memory", lambda: machine.FreeMemory(1000))
     model, recipe = model_and_recipe("pixart", tmp_path, f"method={method}")
     with pytest.raises(ResourceError, match="--calib-size, now 3"):
         package.calibrate(model, recipe, tmp_path / "out")

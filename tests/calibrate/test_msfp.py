@@ -237,7 +237,7 @@ def test_memory_is_estimated_from_what_gradients_keep(tmp_path):
 
 def test_too_little_memory_is_told_before_tuning(tmp_path, monkeypatch):
     model, recipe = model_and_recipe(tmp_path)
-    monkeypatch.setattr(talora_tuning.machine, "available_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(talora_tuning.machine, "free_memory", lambda: talora_tuning.machine.FreeMemory(10**6))
     monkeypatch.setattr("pipeline.calibrate._refuse_too_large", lambda *args: None)
     with pytest.raises(ResourceError, match=r"TALoRA: activations of a batch of 4 take about .* GiB .* smaller"):
         calibrate(model, recipe, tmp_path / "out")

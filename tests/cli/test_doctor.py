@@ -129,3 +129,11 @@ def test_what_extras_install_is_a_row_each(monkeypatch: pytest.MonkeyPatch) -> N
         "nvidia-modelopt 1.2",
     ]  # fmt: skip
     assert all(row.ok for row in doctor.extra_checks())
+
+
+def test_memory_is_what_the_narrowest_limit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = machine.FreeMemory(2**30, " within the limit of `ulimit -v`", "raise that limit")
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
+    (row,) = (row for row in doctor.machine_checks() if row.name == "memory")
+    assert not row.ok and row.found.startswith("1.0 GiB free of ") and row.found.endswith("`ulimit -v`")
+    assert row.remedy == "raise that limit: 2 GiB are needed"

@@ -7,11 +7,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from export.errors import ResourceError
 from pipeline import machine
 
 V2 = {"proc/self/cgroup": "0::/pod/box\n"}
 BOX = "sys/fs/cgroup/pod/box"
 FREE = 10_000
+WITHIN_CONTAINER = (" within the container's limit", "give the container more memory, or close other programs in it")
 TREES: dict[str, tuple[dict[str, str], int]] = {
     "no groups": ({}, FREE),
     "version 2, no limit": (V2 | {f"{BOX}/memory.max": "max\n", f"{BOX}/memory.current": "5\n"}, FREE),
@@ -59,12 +61,16 @@ def test_what_a_container_leaves_is_free(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     row = psutil.virtual_memory()._replace(available=FREE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: row)
-    assert machine.available_memory_bytes() == expected
+    free = machine.free_memory()
+    assert free.size_bytes == expected
+    assert (free.within, free.remedy) == (WITHIN_CONTAINER if expected < FREE else ("", "close other programs"))
 
 
 def test_what_the_process_may_not_map_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = 2 * psutil.Process().memory_info().vms  # more by then than it has now
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (mapped, mapped))
-    assert 0 < machine.available_memory_bytes() <= mapped / 2
+    assert 0 < machine.free_memory().size_bytes <= mapped / 2
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (1, 1))
-    assert machine.available_memory_bytes() == 0
+    assert machine.free_memory() == (0, " within the limit of `ulimit -v`", "raise that limit")
+    with pytest.raises(ResourceError, match=r"work takes .*, 0\.0 GiB are free within .*`; raise that limit, or wait$"):
+        machine.refuse_too_large(1, "work takes", "wait")

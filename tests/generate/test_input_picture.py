@@ -101,6 +101,23 @@ def test_a_picture_is_turned_as_its_exif_data_say(kind: str, tmp_path: Path) -> 
             assert own[0, :, :12].min() > 0.9 and own[0, :, 20:].max() < -0.9
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_several_frames_are_refused_and_one_of_them_is_a_picture(kind: str) -> None:
+    frames = [Image.new("RGB", (2, 2), (level,) * 3) for level in (0, 255)]
+    image = opened(frames[0], kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(RecipeError, match=r"^image of 2 frames; give one picture, as the copy\(\) of the frame"):
+        as_input(image, RGB)
+    image.seek(1)
+    np.testing.assert_allclose(as_input(image.copy(), RGB), np.ones((3, 2, 2)), atol=0.05)  # WebP loses a little
+
+
+def test_a_photograph_with_others_beside_it_is_one_picture() -> None:
+    frames = [Image.new("RGB", (8, 8), (level,) * 3) for level in (255, 0)]
+    image = opened(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert image.format == "MPO" and image.n_frames == 2  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(as_input(image, (8, 8, 3)), np.ones((3, 8, 8)))
+
+
 def test_damaged_files_and_exif_data_are_refused() -> None:
     image = Image.new("L", (2, 2))
     image.info["exif"] = b"Exif\0\0garbage"

@@ -11,11 +11,13 @@ from export.errors import ModelError
 from export.models.description import GENERATION_FILE
 from export.models.sources import find
 from pipeline.compile_pipeline import write_others
+from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.generate.latent_model import LatentModel
 from pipeline.generate.own_settings import OwnSettings, own_settings
 from pipeline.generate.pipeline_classes import PIPELINES, find_pipeline_class
 from pipeline.generate.schedulers.config import CONFIG_FILE, SCHEDULER
 from pipeline.parts import PipelineFolder, refuse_scheduler
+from pipeline.recipe import MOST_STEPS
 from pipeline.text_to_image import Pipeline
 from pipeline.web import pipeline_page
 from tests.support import numpy_pipeline
@@ -71,10 +73,31 @@ def test_steps_that_the_scheduler_does_not_have_are_refused_before_work(stated: 
     if stated is not None:
         (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": stated}))
     steps = stated or CLASS.n_steps
-    with pytest.raises(ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}"):
+    with pytest.raises(
+        ModelError, match=f"does not make {steps} steps .*; state others in .*{GENERATION_FILE}, as n_steps 10$"
+    ):
         refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
     (tmp_path / GENERATION_FILE).write_text(json.dumps({"n_steps": 10}))
     refuse_scheduler(tmp_path, CLASS, "DDIMScheduler")
+
+
+@pytest.mark.parametrize(
+    "class_name, keys, reason",
+    [
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "ends at sigma 0; use solver_type 'bh2'$"),
+        ("UniPCMultistepScheduler", {"lower_order_final": False}, "ends at sigma 0; use lower_order_final$"),
+        ("EulerDiscreteScheduler", {"beta_end": 0.99}, "sigmas are not finite"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "give one, or change that key$"),
+    ],
+)
+def test_what_no_number_of_steps_mends_is_refused_in_its_own_words(
+    class_name: str, keys: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / SCHEDULER).mkdir()
+    (tmp_path / SCHEDULER / CONFIG_FILE).write_text(json.dumps({"_class_name": class_name, **keys}))
+    with pytest.raises(ModelError, match=rf"{CONFIG_FILE}: .*{reason}") as caught:
+        refuse_scheduler(tmp_path, CLASS, class_name)
+    assert GENERATION_FILE not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +127,7 @@ def test_the_browser_is_told(tmp_path: Path) -> None:
     row = find_pipeline_class(source.class_name, "it")
     document = pipeline_page.settings(source, row, dict.fromkeys(row.components, 1))
     assert (document["n_steps"], document["guidance_scale"]) == (9, 3.25)
+    assert document["most"] == {"n_steps": MOST_STEPS, "guidance_scale": MOST_GUIDANCE}
 
 
 def test_a_bundle_has_the_file_of_its_folder_and_a_resumed_build_no_older_one(tmp_path: Path) -> None:

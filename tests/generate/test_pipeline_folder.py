@@ -104,7 +104,7 @@ def test_identity_tells_large_weights_by_their_size(root: Path, monkeypatch: pyt
 
 def test_parts_larger_than_the_memory_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, refused in ((119, True), (120, False)):
-        monkeypatch.setattr(machine, "available_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: machine.FreeMemory(free))
         if refused:
             with pytest.raises(ResourceError, match="text encoder and other parts take"):
                 refuse_too_large(root)

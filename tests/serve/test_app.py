@@ -60,6 +60,19 @@ def test_steps_guidance_and_negative_prompt_are_heeded(server: Server) -> None:
     assert server.engine.calls[-1]["class_labels"].tolist() == [7]
 
 
+def test_a_model_of_more_steps_than_others_may_make_is_drawn_with_its_own(tmp_path: Path) -> None:
+    own = images_request.MOST_STEPS + 1
+    with served(tmp_path, generation=GENERATION | {"n_steps": own}) as server:
+        assert server.ask(prompt="7").status_code == 200 and len(server.engine.calls) == own
+        assert server.ask(prompt="7", steps=own).status_code == 200 and len(server.engine.calls) == 2 * own
+        error = refused(server.ask(prompt="7", steps=own + 1), 400)
+        assert error["message"] == f"steps {own + 1}; this server makes at most {own}" and error["param"] == "steps"
+        document = server.client.get("/openapi.json").json()
+        body = document["paths"][PATH]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body["properties"]["steps"]["anyOf"][0]["maximum"] == own
+        assert server.client.get("/v1/models").json()["data"][0]["ditc"]["most"]["steps"] == own
+
+
 def test_null_is_as_if_it_were_not_there(server: Server) -> None:
     names = ("model", "n", "size", "response_format", "stream", "partial_images", "user", "negative_prompt", "steps")
     answer = server.ask(**dict.fromkeys(names), guidance=None, seed=3, quality=None, output_format=None)
@@ -191,6 +204,7 @@ WRONG = [
     ({"n": True}, "n is True"),
     ({"steps": 0}, "steps is 0"),
     ({"steps": 201}, "steps 201; this server makes at most 200"),
+    ({"steps": 10**9}, "steps 1000000000; this server makes at most 200"),
     ({"steps": 2.5}, "steps is 2.5"),
     ({"guidance": -1}, "guidance is -1"),
     ({"guidance": 1000.0}, "guidance is 1000.0"),
@@ -494,6 +508,8 @@ def test_the_api_describes_itself(server: Server) -> None:
     assert set(images_request.ImagesRequest.__annotations__) == set(body["properties"]) and body["required"] == [
         "prompt"
     ]
+    bounds = {"type": "integer", "minimum": 1, "maximum": images_request.MOST_STEPS}
+    assert body["properties"]["steps"]["anyOf"] == [bounds, {"type": "null"}]
     assert server.client.get("/docs").status_code == 404  # it would take its scripts from elsewhere
 
 

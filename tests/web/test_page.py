@@ -17,8 +17,10 @@ from pipeline.build import main as build
 from pipeline.distance import PIXEL_RANGE, psnr_db
 from pipeline.export import main
 from pipeline.files import tree
+from pipeline.generate.conditioning import MOST_GUIDANCE
 from pipeline.generate.draw import DrawRequest
 from pipeline.generate.pixel_model import PixelModel
+from pipeline.recipe import MOST_STEPS
 from pipeline.text_to_image import Pipeline
 from pipeline.web import onnxruntime_web, page_folder
 from tests.generate.test_generate import GENERATION, make_bundle
@@ -102,6 +104,8 @@ def test_the_page_draws_the_engine_s_picture(bundle: Path, page: Path, tmp_path:
         tab.open(address)
         tab.wait("document.getElementById('state').textContent === 'ready'")
         assert tab.run("crossOriginIsolated") is False
+        bounds = [tab.run(f"document.getElementById('{name}').max") for name in ("steps", "guidance")]
+        assert bounds == [str(MOST_STEPS), f"{MOST_GUIDANCE:g}"]
         fill_in(tab, prompt=PROMPT, seed=SEED, steps=STEPS)
         tab.wait("document.getElementById('picture').dataset.drawn === '1'")
         drawn = canvas(tab)

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import record
 from benchmarks.zoo.pixart_scenes.picture import looks_of
 from benchmarks.zoo.pixart_scenes.publish import publish
-from benchmarks.zoo.pixart_scenes.train import PLAN, train
+from benchmarks.zoo.pixart_scenes.train import PLAN, refuse_other_plan, train
 
 
 def main() -> None:
@@ -35,12 +35,17 @@ def main() -> None:
 
 
 def refuse_other_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """A run is gone on with only where that is asked for, and one is published only where there is one."""
+    """A run is gone on with only where that is asked for and the plan is its own; one is published only where there is
+    one."""
     holds_run = any(arguments.work_dir.glob("*.pt"))
     if holds_run and not (arguments.resume or arguments.publish):
         parser.error(f"{arguments.work_dir} holds a run; add --resume to go on with it, or name another folder")
     if arguments.publish and not PLAN.denoiser.path(arguments.work_dir).is_file():
         parser.error(f"{arguments.work_dir} holds no denoiser yet; leave --publish away to train one")
+    try:
+        refuse_other_plan(PLAN, arguments.work_dir)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What the text encoder learns before the denoiser does: to say of each square of the board what stands there.
 
-A denoiser alone does not teach it in thousands of steps which of several colours belongs to which shape and where: what
-it had learned by then told all colours of a scene, and not whose they are. Large encoders come trained as well. It is
-asked by square, as the denoiser asks, so that words carry the place of what they tell of.
+A denoiser's loss asks for that by the way alone: items cover a small part of a picture, and whose a colour is changes
+little of it. Large encoders come trained as well. It is asked by square, as the denoiser asks, so that words carry the
+place of what they tell of.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ held-out ones is trained on, by any part.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 KL_WEIGHT = 5e-4
 DROP_SHARE = 0.1  # of captions, for classifier-free guidance
 LATENTS_IN_FILE = 2000
+PLAN_FILE = "plan.json"
 Look = Callable[[torch.nn.Module, int], None]
 
 
@@ -55,6 +57,19 @@ PLAN = Plan(
     denoiser=Stage("denoiser", 6000, 32, 6e-4, every=1000),
     latents=40_000,
 )
+
+
+def refuse_other_plan(plan: Plan, work_dir: Path) -> None:
+    """Raise ValueError where states in `work_dir` are of another plan, or of one that is not known: its latents, and
+    rates of learning, are that plan's."""
+    path = work_dir / PLAN_FILE
+    stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if stated is None and not any(work_dir.glob("*.pt")):
+        return
+    own = asdict(plan)
+    if stated != own:
+        names = "it is not there" if stated is None else ", ".join(key for key in own if own[key] != stated.get(key))
+        raise ValueError(f"{path}: the run in this folder is of another plan ({names}); name another folder")
 
 
 # --- the parts of a working folder ------------------------------------------------------------------------------------
@@ -177,7 +192,10 @@ def denoiser_loss(
 
 
 def train(plan: Plan, work_dir: Path, seed: int, looks: dict[str, Look]) -> None:
-    """All stages, each from where it is. looks: what is called with a stage's averaged module, by its name."""
+    """All stages, each from where it is. looks: what is called with a stage's averaged module, by its name. Raises
+    ValueError for a folder of another plan or seed."""
+    refuse_other_plan(plan, work_dir)
+    write_json(work_dir / PLAN_FILE, asdict(plan))
     tokenizer = tokenizer_of(work_dir, seed)
 
     def stage(settings: Stage, module: torch.nn.Module, loss: Callable[..., torch.Tensor]) -> None:
@@ -199,7 +217,7 @@ def train(plan: Plan, work_dir: Path, seed: int, looks: dict[str, Look]) -> None
     torch.manual_seed(seed)
     models = new_denoiser(len(tokenizer))
     models["text_encoder"].load_state_dict(told.text_encoder.state_dict())
-    # As in larger pipelines it stays as it is: trained on, it forgets within a thousand steps what belongs to what.
+    # As in larger pipelines it stays as it is: what asks it which colour is whose is its own training's loss.
     models["text_encoder"].requires_grad_(False)
     stage(
         plan.denoiser,

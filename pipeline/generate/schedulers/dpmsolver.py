@@ -116,9 +116,12 @@ class DpmSolver(Scheduler):
             self.updates = {i: self._update(i, self._order(i)) for i in self.steps}
         for i, update in self.updates.items():
             if not all(np.isfinite(value) for value in update):
+                # A step that ends at sigma 0 is of first order, which has coefficients from wherever it begins.
+                ends_above_zero = i == n_steps - 1 and self.sigmas[-1] > 0
+                remedy = "final_sigmas_type 'zero'" if ends_above_zero else "fewer steps, or another scheduler"
                 raise RecipeError(
                     f"n_steps {n_steps}: step {i} has no finite coefficients, from sigma {self.sigmas[i]:g} to "
-                    f"{self.sigmas[i + 1]:g}; use fewer steps, or final_sigmas_type 'zero' with euler_at_final"
+                    f"{self.sigmas[i + 1]:g}; use {remedy}"
                 )
 
     def _order(self, i: int) -> int:

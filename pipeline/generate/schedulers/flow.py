@@ -74,8 +74,11 @@ class FlowEuler(Scheduler):
         options.refuse("flow matching", "eta")
         self.stochastic = config.stochastic_sampling
         if (options.mu is not None) != config.use_dynamic_shifting:
-            wanted = "needs" if options.mu is None else "has no use for"
-            raise RecipeError(f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting")
+            wanted, remedy = ("needs", "give one") if options.mu is None else ("has no use for", "leave it out")
+            raise RecipeError(
+                f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting; {remedy}, "
+                "or change that key"
+            )
         options.refuse_sigmas()
         refuse_steps(options.n_steps, MOST_TRAIN_STEPS)
         with np.errstate(all="ignore"):

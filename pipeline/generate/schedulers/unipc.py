@@ -99,8 +99,11 @@ class UniPc(Scheduler):
     def __init__(self, config: UniPcConfig, options: SchedulerOptions) -> None:
         options.refuse("UniPC", "eta")
         if (options.mu is not None) != (config.use_dynamic_shifting and bool(config.use_flow_sigmas)):
-            wanted = "needs" if options.mu is None else "has no use for"
-            raise RecipeError(f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting")
+            wanted, remedy = ("needs", "give one") if options.mu is None else ("has no use for", "leave it out")
+            raise RecipeError(
+                f"mu {options.mu}: this scheduler {wanted} one, by its use_dynamic_shifting; {remedy}, "
+                "or change that key"
+            )
         if options.sigmas is not None and not config.use_flow_sigmas:
             raise RecipeError("sigmas: this scheduler has use_flow_sigmas off; leave them out")
         options.refuse_sigmas()

@@ -29,6 +29,8 @@ worker.onmessage = ({ data }) => {
     of("hint").textContent = settings.hint;
     of("negative-row").hidden = !settings.takes_negative;
     of("prompt").value ||= settings.examples[0] ?? "";
+    of("steps").max = settings.most.n_steps;
+    Object.assign(of("guidance"), { min: -settings.most.guidance_scale, max: settings.most.guidance_scale });
     of("steps").value ||= settings.n_steps;
     of("guidance").value ||= settings.guidance_scale;
     say("ready");

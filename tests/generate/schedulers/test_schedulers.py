@@ -145,6 +145,25 @@ def test_steps_that_would_be_nan(name: str, keys: dict[str, Any], n_steps: int, 
         scheduler(name, n_steps, keys)
 
 
+RISING: dict[str, Any] = {"beta_end": 0.03, "rescale_betas_zero_snr": True, "algorithm_type": "sde-dpmsolver++"}
+ENDING: dict[str, Any] = {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "solver_order": 3}
+
+
+@pytest.mark.parametrize(
+    "keys, remedy, mended, mended_steps",
+    [
+        (RISING, "from sigma 4096 to .*; use fewer steps, or another scheduler$", RISING, 30),
+        (ENDING, "use final_sigmas_type 'zero'$", ENDING | {"final_sigmas_type": "zero"}, 50),
+    ],
+)
+def test_dpm_solver_names_what_helps(
+    keys: dict[str, Any], remedy: str, mended: dict[str, Any], mended_steps: int
+) -> None:
+    with pytest.raises(RecipeError, match=remedy):
+        scheduler("DPMSolverMultistepScheduler", 50, keys)
+    assert len(scheduler("DPMSolverMultistepScheduler", mended_steps, mended).steps) == mended_steps
+
+
 UNIPC_REASONS: list[tuple[dict[str, Any], str]] = [
     ({"solver_type": "bh1"}, "step 8 has no finite coefficients, as it ends at sigma 0; use solver_type 'bh2'$"),
     (
