@@ -26,6 +26,7 @@ from pipeline.bundle.pipeline_bundle import is_pipeline
 from pipeline.command import Answer, Parser, add_threads, parser, run
 from pipeline.files import refuse_unwritable
 from pipeline.generate.draw import BATCH_SIZE, DrawRequest, Pictures
+from pipeline.generate.input_picture import refuse_frames
 from pipeline.generate.pixel_model import PixelModel, makes_pixels
 from pipeline.progress import track
 from pipeline.signals import leave
@@ -205,6 +206,7 @@ def read_image(path: Path) -> Image:
     open_file(path, RecipeError, "give a picture").close()
     try:
         with Image.open(path) as image:
+            refuse_frames(image)  # of which a copy would have the first
             return image.copy()
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise RecipeError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file") from error

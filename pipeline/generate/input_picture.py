@@ -54,7 +54,7 @@ def as_input(image: object, shape: tuple[int, int, int]) -> FloatArray:
 
 def _pixels(image: Image, channels: int) -> NDArray[np.generic]:
     """[H, W, channels] of a PIL picture: uint8, or float32 from 0 to 1 where it has 16 bits."""
-    _refuse_frames(image)
+    refuse_frames(image)
     turned = _turned(image)
     if turned.mode in SIXTEEN_BITS:
         grey = np.asarray(turned)
@@ -72,7 +72,7 @@ def _pixels(image: Image, channels: int) -> NDArray[np.generic]:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _refuse_frames(image: Image) -> None:
+def refuse_frames(image: Image) -> None:
     """Raise RecipeError for an animation, or a file of several pages."""
     try:
         n_frames = getattr(image, "n_frames", 1)  # PIL may go through the whole file for it

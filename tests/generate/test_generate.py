@@ -14,7 +14,7 @@ from PIL import Image
 import pipeline
 from export.errors import ContractError, EnvironmentLacksError, RecipeError
 from pipeline import recipe as recipes
-from pipeline.generate.__main__ import arrange, default_scale, main, open_pixels, save
+from pipeline.generate.__main__ import arrange, default_scale, main, open_pixels, read_image, save
 from pipeline.generate.__main__ import draw as draw_with
 from pipeline.generate.draw import DrawRequest, to_pixels
 from pipeline.generate.pixel_model import makes_pixels, picture_shape
@@ -199,6 +199,13 @@ def test_a_picture_that_is_not_written_whole_leaves_the_one_that_was_there(tmp_p
     save(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "out.png", 1, 1, {})
     assert Image.open(tmp_path / "kept.png").size == (8, 8), "a link is written through"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.png", "out.png"]
+
+
+def test_an_animation_is_no_picture_to_begin_with(tmp_path):
+    frames = [Image.new("L", (8, 8), level) for level in (0, 255)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(RecipeError, match="image of 2 frames; give one picture"):
+        read_image(tmp_path / "two.gif")
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path, monkeypatch):
