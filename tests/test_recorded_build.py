@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import trace
+from export import to_onnx
 from export.models import load as models
 from export.models.recording import Drawing
 from export.models.torch_modules import set_resolution
@@ -68,7 +68,7 @@ def test_a_class_that_has_no_graph_is_refused_before_work_starts(
     def refuse(*_: object) -> None:
         raise RuntimeError("tokens were made a constant (10)")
 
-    monkeypatch.setattr(trace, "trace", refuse)
+    monkeypatch.setattr(to_onnx, "_traced", refuse)  # under which tests keep what was traced before
     recorded_models.save("qwen", tmp_path / "qwen")
     flags = ["--engine", "pixart_w4a8", "-m", str(tmp_path / "qwen"), "--target", "cpu", "-o", str(tmp_path / "e")]
     assert cli.main(["build", *flags, "--height", str(HEIGHT), "--width", str(WIDTH), "--set", "method=rtn"]) == 2
