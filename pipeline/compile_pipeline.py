@@ -102,9 +102,9 @@ def refuse_others_of_another(whole: PipelineBundle, recipe: Recipe, folder: Pipe
     for name in sorted(whole.components.keys() - {only}):
         own, asked = parts.part(name).recipe, folder.part(name).recipe
         differing = _first_difference(own.document(), asked.document())
-        if not differing and weights_sha256(asked) != whole.components[name].manifest["model"]["sha256"]:
+        if differing is None and weights_sha256(asked) != whole.components[name].manifest["model"]["sha256"]:
             differing = f"file of weights than {asked.model} has"
-        if differing:
+        if differing is not None:
             raise RecipeError(
                 f"--component {only}: {name} stays in {whole.path}, and was made with another {differing}; give the "
                 "folder and the flags of that build beside what is new, or build the whole with --force, which takes "
@@ -118,17 +118,17 @@ def weights_sha256(recipe: Recipe) -> str:
     return merged_sha256(files.sha256(), recipe.adapters)
 
 
-def _first_difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
-    """The key of a recipe, as `--set` has it, in which two differ, with both values; "" where they are equal."""
+def _first_difference(one: Mapping[str, object], other: Mapping[str, object]) -> str | None:
+    """The key of a recipe, as `--set` has it, in which two differ, with both values; None where they are equal."""
     for key in sorted(one.keys() | other.keys()):
-        values = one.get(key), other.get(key)
-        if all(isinstance(value, Mapping) for value in values):
-            inner = _first_difference(*values)  # type: ignore[arg-type] # both are
-            if inner:
+        own, asked = one.get(key), other.get(key)
+        if isinstance(own, Mapping) and isinstance(asked, Mapping):
+            inner = _first_difference(own, asked)
+            if inner is not None:
                 return f"{key}.{inner}"
-        elif values[0] != values[1]:
-            return f"{key} ({shown(values[0])}, not {shown(values[1])})"
-    return ""
+        elif own != asked:
+            return f"{key} ({shown(own)}, not {shown(asked)})"
+    return None
 
 
 def refuse_early(request: BuildRequest, only: str | None) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import random
 import shutil
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from benchmarks.zoo.pixart_scenes.stage import Stage
 from benchmarks.zoo.pixart_scenes.text import MAX_LENGTH, load_tokenizer
 from export.models.load import load
 from export.models.sources import ZOO
+from pipeline.backends.side_by_side import single_threaded_torch
 from pipeline.generate.convert_tokenizer import convert_tokenizer
 from pipeline.generate.own_settings import OwnSettings, own_settings
 from pipeline.generate.schedulers.config import SCHEDULERS
@@ -177,22 +177,11 @@ class Stopped(Exception):
     pass
 
 
-@contextmanager
-def one_thread():
-    """Sums are added up in the order of one thread, whatever another test has left."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def work_dir(tmp_path_factory):
     """A working folder whose run was trained to the end at once."""
     folder = tmp_path_factory.mktemp("scenes")
-    with pytest.MonkeyPatch.context() as patch, one_thread():
+    with pytest.MonkeyPatch.context() as patch, single_threaded_torch():
         patch.setattr(train, "LATENTS_IN_FILE", 4)
         patch.setattr(text, "SCENES", 300)
         patch.setattr(text, "EVERYDAY", 1)
@@ -200,7 +189,7 @@ def work_dir(tmp_path_factory):
     return folder
 
 
-@one_thread()
+@single_threaded_torch()
 def test_a_stopped_run_goes_on_to_the_same_weights(work_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LATENTS_IN_FILE", 4)
     shutil.copytree(work_dir / "tokenizer", tmp_path / "tokenizer")
