@@ -83,8 +83,8 @@ def write(folder: Path, config: T5Config, seed: int = 0, shard_bytes: int = SHAR
     stated = {**config.to_dict(), "architectures": ["T5EncoderModel"], "dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def make(name: str) -> torch.Tensor:
-        return torch.from_numpy(tensor(name, shapes[name], config.num_layers, seed, planted))
+    def make(name: str) -> NDArray[np.float16]:
+        return tensor(name, shapes[name], config.num_layers, seed, planted)
 
     return write_shards(shapes, make, folder, "model", shard_bytes)
 

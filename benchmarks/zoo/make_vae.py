@@ -57,11 +57,7 @@ def write(folder: Path, config: dict[str, object], seed: int = 0) -> int:
         module = AutoencoderKL(**{key: value for key, value in config.items() if key != "_class_name"})
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def make(name: str) -> torch.Tensor:
-        return torch.from_numpy(tensor(name, shapes[name], seed))
-
-    return write_shards(shapes, make, folder, STEM, SHARD_BYTES)
+    return write_shards(shapes, lambda name: tensor(name, shapes[name], seed), folder, STEM, SHARD_BYTES)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from benchmarks import record
 from benchmarks.record import Json
@@ -85,20 +85,17 @@ def write(workload: Workload, folder: Path, seed: int = 0, shard_bytes: int = SH
     shapes, config = shapes_of(workload)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     layers = workload.config["num_layers"]
-
-    def make(name: str) -> torch.Tensor:
-        return torch.from_numpy(tensor(name, shapes[name], layers, seed))
-
-    return write_shards(shapes, make, folder, STEM, shard_bytes)
+    return write_shards(shapes, lambda name: tensor(name, shapes[name], layers, seed), folder, STEM, shard_bytes)
 
 
 def write_shards(
-    shapes: dict[str, tuple[int, ...]], make: Callable[[str], torch.Tensor], folder: Path, stem: str, shard_bytes: int
-) -> int:
-    """Write the 16-bit tensors that `make` makes of their names, a shard at a time; returns how many numbers."""
+    shapes: dict[str, tuple[int, ...]], make: Callable[[str], NDArray[np.float16]], folder: Path, stem: str,
+    shard_bytes: int,
+) -> int:  # fmt: skip
+    """Write the tensors that `make` makes of their names, a shard at a time, and return how many numbers they have."""
     split = split_state_dict_into_shards_factory(
         shapes,
-        get_storage_size=lambda shape: 2 * math.prod(shape),
+        get_storage_size=lambda shape: 2 * math.prod(shape),  # in fp16
         filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=shard_bytes,
     )
